@@ -1,0 +1,202 @@
+"""Small things every part shares: logging, seeds, files that are never half written, clear errors.
+
+Special here: torch is imported only where a function needs it, so that ``llava --help`` stays fast,
+and ``user_errors`` is the one place that decides how a user's mistake looks: one line on stderr,
+exit code 2, no traceback (``LLAVA_DEBUG=1`` shows it). Try it:
+``llava flops --preset llava-1.5-7b --layer_list "[24,8]" --image_token_ratio_list "[0.5,0.25]"``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+Item = TypeVar("Item")
+
+USER_ERRORS = (ValueError, OSError)
+"""What ``user_errors`` calls a user's mistake: bad values (JSON and Unicode errors are ValueErrors)
+and files (FileNotFoundError and PIL's UnidentifiedImageError are OSErrors)."""
+
+_VERSIONED = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "pillow", "safetensors")
+
+
+# ----------------------------------------------------------------------------- logging, progress
+def rank() -> int:
+    """Rank of this process in a distributed run (0 when there is none), without touching torch."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger that writes ``time level name: message`` to stderr; ranks above 0 warn only.
+
+    ``LLAVA_LOG=debug|info|warning|error`` sets the level (default ``info``).
+    """
+    root = logging.getLogger("llava")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        )
+        root.addHandler(handler)
+        root.propagate = False
+        level = os.environ.get("LLAVA_LOG", "info").upper()
+        if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ValueError(f"LLAVA_LOG is {level!r}; accepted: debug, info, warning, error")
+        root.setLevel(level if rank() == 0 else max(logging.getLevelName(level), logging.WARNING))
+    return root if name == "llava" else root.getChild(name.removeprefix("llava."))
+
+
+def progress(iterable: Iterable[Item], desc: str = "", total: int | None = None) -> Iterable[Item]:
+    """``iterable`` with a bar on stderr; silent on ranks above 0 and with ``LLAVA_PROGRESS=0``."""
+    from tqdm import tqdm
+
+    off = rank() != 0 or os.environ.get("LLAVA_PROGRESS", "1") == "0"
+    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, disable=off, dynamic_ncols=True)
+
+
+# ----------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path`` and move it there when the block ends without error.
+
+    Parent folders are made. An interrupted or failing block leaves ``path`` as it was.
+
+    Raises:
+        ValueError: ``mode`` is neither ``"w"`` nor ``"wb"``.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"atomic_write: mode {mode!r}; accepted: 'w', 'wb'")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def json_dump(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write ``obj`` as indented JSON, atomically.
+
+    Raises:
+        ValueError: ``obj`` holds NaN or infinity, which JSON does not know.
+        TypeError: ``obj`` holds something JSON cannot say.
+    """
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text + "\n")
+
+
+# ----------------------------------------------------------------------------- runs
+def set_seed(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (numpy and torch if installed)."""
+    random.seed(seed)
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        numpy.random.seed(seed % 2**32)
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.manual_seed(seed)
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code: versions, processor, threads, device, commit."""
+    from importlib import metadata
+
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    found["cpu"] = _cpu_name()
+    found["cpu_count"] = os.cpu_count()
+    found["commit"] = _commit()
+    with contextlib.suppress(ImportError):
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+        cuda = torch.cuda.is_available()
+        found["gpu"] = torch.cuda.get_device_name() if cuda else None
+        found["cuda"] = torch.version.cuda if cuda else None
+    return found
+
+
+def _cpu_name() -> str:
+    """The processor's name as the system gives it, e.g. ``Intel(R) Xeon(R) CPU``."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, ``+`` behind it when files differ; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+# ----------------------------------------------------------------------------- errors
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Decorator and context for entry points: bad input ends in one line and exit code 2.
+
+    Catches ``USER_ERRORS`` (ValueError, OSError), prints ``error: <message>`` on stderr and exits
+    with 2. ``LLAVA_DEBUG=1`` lets the exception through with its traceback. Anything else is a bug
+    of ours and keeps its traceback.
+
+    >>> @user_errors()
+    ... def main(argv=None): ...
+    """
+    if os.environ.get("LLAVA_DEBUG", "0") not in ("", "0"):
+        yield
+        return
+    try:
+        yield
+    except BrokenPipeError:  # `llava ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except USER_ERRORS as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {describe_error(error)}\n")
+        raise SystemExit(2) from None
+
+
+def describe_error(error: BaseException) -> str:
+    """One line that says what went wrong, without the class name where the text is enough."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
