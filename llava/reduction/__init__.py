@@ -1,0 +1,37 @@
+"""Visual-token reduction: plans, methods, FLOP counts. Pure torch; knows no model class.
+
+A new method is one file here, one line in `plan.REDUCERS`, a section in docs/Reduction.md and a
+test against recorded numbers.
+"""
+
+from llava.reduction.base import Reducer, Selection, Signal, View
+from llava.reduction.baselines import Random, Uniform
+from llava.reduction.plan import (
+    CONFIG_KEY,
+    REDUCERS,
+    Cut,
+    LayerProgram,
+    ReductionPlan,
+    StageFacts,
+    plan_from_flags,
+    resolve_plan,
+)
+from llava.reduction.pyramiddrop import PyramidDrop
+
+__all__ = [
+    "CONFIG_KEY",
+    "REDUCERS",
+    "Cut",
+    "LayerProgram",
+    "PyramidDrop",
+    "Random",
+    "Reducer",
+    "ReductionPlan",
+    "Selection",
+    "Signal",
+    "StageFacts",
+    "Uniform",
+    "View",
+    "plan_from_flags",
+    "resolve_plan",
+]

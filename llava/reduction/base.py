@@ -1,0 +1,124 @@
+"""What a reduction method is: what it asks to be shown, what it is shown, what it answers.
+
+A method sees groups of visual tokens as dense ``[G, N]`` tensors and answers which of them stay. It
+knows no batch, no padding, no decoder layer and no module, so one implementation serves training,
+prefill, padded and packed batches, and every decoder family.
+
+Shape suffixes: G groups that compete (pictures or samples) · N tokens of the largest group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from llava.sequence import Per
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A measurement at the input of one decoder layer, made with that layer's weights.
+
+    kind: "attention" = probability mass that the scoring rows put on each visual token, mean over
+    the rows [G, N] (with heads=True [G, N, H]); "keys" = key vectors without rotation
+    [G, N, kv_heads * head_dim]; "hidden" = hidden states [G, N, D]; "extra" = the token-aligned
+    tensor `name` of the sequence.
+    offset: 0 = the layer behind the cut, -1 = the layer in front of it.
+    rope: rotate queries and keys. norm: apply the layer's input norm first.
+    over: the softmax runs over "all" keys of the sample or over its "visual" ones only.
+    """
+
+    kind: Literal["attention", "keys", "hidden", "extra"]
+    offset: Literal[0, -1] = 0
+    rope: bool = True
+    norm: bool = True
+    over: Literal["all", "visual"] = "all"
+    heads: bool = False
+    name: str = ""
+
+
+@dataclass
+class View:
+    """The visual tokens of a batch as a method sees them.
+
+    valid      bool [G, N]     real tokens
+    protected  bool [G, N]     tokens that must stay (their next token is supervised)
+    cell       long [G, N, 2]  (row, column) in the picture
+    origin     long [G, N]     index of the token in its uncut sample
+    seed       long [G]        seed of the sample
+    count      long [G]        tokens of the group now
+    budget     long [G]        tokens to keep
+    max_budget int             largest budget, known on the host
+    signals                    the measurements the method asked for
+    """
+
+    valid: Tensor
+    protected: Tensor
+    cell: Tensor
+    origin: Tensor
+    seed: Tensor
+    count: Tensor
+    budget: Tensor
+    max_budget: int
+    signals: Mapping[Signal, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Selection:
+    """The answer: keep bool [G, N] with exactly `budget` tokens a group; mix [G, N, N] replaces the
+    kept rows by ``mix @ old rows`` (merging methods); score [G, N] is what the ranking used."""
+
+    keep: Tensor
+    mix: Tensor | None = None
+    score: Tensor | None = None
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """A method. `name` is its key in `llava.reduction.REDUCERS`."""
+
+    name: str
+
+    @property
+    def signals(self) -> tuple[Signal, ...]: ...
+    @property
+    def per(self) -> Per: ...
+    @property
+    def reads_text(self) -> bool:
+        """False: the cut is the same for every question about a picture."""
+        ...
+
+    def budget(self, now: int, original: int) -> int:
+        """Tokens to keep of a group that has `now` tokens and had `original` before any cut."""
+        ...
+
+    def select(self, view: View) -> Selection: ...
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments: enough to build the same method again."""
+        ...
+
+
+def check_ratio(ratio: object) -> float:
+    """A kept share in [0, 1]; ValueError otherwise."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+        raise ValueError(f"kept share {ratio!r} is not accepted; give a number in [0, 1]")
+    return float(ratio)
+
+
+def keep_highest(score: Tensor, view: View) -> Selection:
+    """Keep the `budget` tokens of each group with the highest score [G, N].
+
+    Protected tokens come first, then the score; equal scores go to the earlier token, so that the
+    result does not depend on the device. No host read.
+    """
+    ranked = score.float().masked_fill(view.protected, torch.inf)
+    ranked = ranked.masked_fill(~view.valid, -torch.inf)
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.arange(score.shape[1], device=score.device)
+    stays = (rank < view.budget[:, None]).expand(score.shape)
+    keep = torch.zeros_like(view.valid).scatter(1, order, stays)
+    return Selection(keep=keep, score=score)
