@@ -1,0 +1,107 @@
+"""CLIP vision tower: patch features of the layer before the last, without the class token.
+
+Source: LLaVA-1.5, `mm_vision_select_layer` -2 and `mm_vision_select_feature` "patch".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llava.mm_utils import clip_image_processor_class
+
+
+class CLIPVisionTower(nn.Module):
+    """A frozen CLIP vision model.
+
+    name: a local folder or a hub id. config: reads mm_vision_select_layer, mm_vision_select_feature
+    and, for a checkpoint that holds its own tower, `mm_vision_config` (the CLIP config as a dict):
+    then the structure is built at once and the checkpoint fills it. Otherwise the weights are read
+    by `load_model`, which must run outside any meta-device context.
+    """
+
+    def __init__(self, name: str, config: Any, delay_load: bool = True) -> None:
+        super().__init__()
+        self.vision_tower_name = name
+        self.select_layer = getattr(config, "mm_vision_select_layer", -2)
+        self.select_feature = getattr(config, "mm_vision_select_feature", None) or "patch"
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(
+                f"mm_vision_select_feature {self.select_feature!r} is unknown; accepted: patch, "
+                "cls_patch"
+            )
+        self.image_processor: Any = None
+        self.is_loaded = False
+        own = getattr(config, "mm_vision_config", None)
+        if own is not None:
+            self._adopt(CLIPVisionModel(CLIPVisionConfig(**own)))
+            self.image_processor = processor_for(self.config)
+        elif not delay_load:
+            self.load_model()
+
+    def _adopt(self, tower: CLIPVisionModel) -> None:
+        self.vision_tower = tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def load_model(self, device_map: Any = None) -> None:
+        """Read weights and image processor from `name`. ValueError when it is not there."""
+        try:
+            tower = CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
+            processor = clip_image_processor_class().from_pretrained(self.vision_tower_name)
+        except OSError as error:
+            raise ValueError(
+                f"vision tower {self.vision_tower_name!r} cannot be read; give a folder with "
+                f"config.json, weights and preprocessor_config.json, or a hub id ({error})"
+            ) from error
+        self._adopt(tower)
+        self.image_processor = processor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [T, 3, H, W] -> features [T, P, C] in the dtype of the images."""
+        outputs = self.vision_tower(
+            images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
+        )
+        features = outputs.hidden_states[self.select_layer]
+        if self.select_feature == "patch":
+            features = features[:, 1:]
+        return features.to(images.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.vision_tower.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vision_tower.parameters()).device
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.vision_tower.config
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Rows of `forward`'s output a tile: the patches, and the class token if it is kept."""
+        return self.num_patches + (self.select_feature == "cls_patch")
+
+
+def processor_for(config: CLIPVisionConfig) -> Any:
+    """The CLIP image processor (its usual mean and deviation) for a tower's picture size."""
+    size = config.image_size
+    return clip_image_processor_class()(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )

@@ -1,0 +1,275 @@
+"""From ids with picture marks and encoded tiles to one `TokenSequence`.
+
+Everything here is integer geometry on the host, done before the device is touched: which patch or
+newline each visual token is, which row and column it has, where text and pictures go, which rows
+score and which are supervised. The result is one index table, uploaded in one copy; the embedding
+of the batch is one gather from ``[text embeddings ; patches of all tiles ; newline ; zeros]``.
+So text and pictures get their gradients, and a picture that no sample uses (a dummy) stays in the
+graph with gradient zero.
+
+Sources: LLaVA-1.5 (arXiv 2310.03744), LLaVA-NeXT's anyres with unpad and newline.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import check_image_marks, get_anyres_image_grid_shape, unpad_slices
+from llava.sequence import Group, Kind, Layout, TokenSequence
+
+NEWLINE = -1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The visual tokens of one picture, in order.
+
+    source [N]: index of the patch among those of its tiles, or NEWLINE. cell [N, 2]: (row, column);
+    of an anyres picture the whole-image tile comes first and the tile field stands below it.
+    patches: patches of all its tiles.
+    """
+
+    source: np.ndarray
+    cell: np.ndarray
+    patches: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def picture_tokens(
+    tiles: int | None,
+    *,
+    patches_per_tile: int,
+    side: int,
+    tile_size: int,
+    size: Sequence[int] | None,
+    config: Any,
+) -> Picture:
+    """Which tokens a picture becomes.
+
+    tiles: number of tiles; None for a picture given without a tile dimension in one tensor with
+    others, which never gets a newline (as LLaVA). size: original (width, height), for anyres.
+    config: reads mm_patch_merge_type, image_aspect_ratio, image_grid_pinpoints, mm_unpad_rounding.
+    Raises ValueError for a merge type, a tile count or a size that does not fit.
+    """
+    merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if merge not in ("flat", "spatial", "spatial_unpad"):
+        raise ValueError(
+            f"mm_patch_merge_type {merge!r} is unknown; accepted: flat, spatial, spatial_unpad"
+        )
+    count = 1 if tiles is None else tiles
+    index = np.arange(count * patches_per_tile)
+    if tiles is None or merge == "flat":
+        extra = patches_per_tile - side * side  # a class token in front of each tile
+        within = np.maximum(index % patches_per_tile - extra, 0)
+        row = index // patches_per_tile * side + within // side
+        return Picture(index, np.stack([row, within % side], 1), len(index))
+    if patches_per_tile != side * side:
+        raise ValueError(
+            f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'; a class token "
+            "has no place in the field"
+        )
+    unpad = merge == "spatial_unpad"
+    base = index[: side * side].reshape(side, side)
+    if count == 1:
+        source = np.append(base, NEWLINE) if unpad else base.ravel()
+        cell = _cells(side, side, 0)
+        return Picture(source, np.vstack([cell, [[side - 1, side]]]) if unpad else cell, len(index))
+    if getattr(config, "image_aspect_ratio", None) != "anyres" or size is None:
+        raise ValueError(
+            f"a picture of {count} tiles needs image_aspect_ratio 'anyres' and its image size; got "
+            f"{getattr(config, 'image_aspect_ratio', None)!r} and {size}"
+        )
+    across, down = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile_size)
+    if across * down != count - 1:
+        raise ValueError(
+            f"a picture of size {tuple(size)} has {across} x {down} tiles and the whole image; got "
+            f"{count} tiles"
+        )
+    field = index[side * side :].reshape(down, across, side, side)
+    field = field.transpose(0, 2, 1, 3).reshape(down * side, across * side)
+    if unpad:
+        rounding = getattr(config, "mm_unpad_rounding", None) or "llava"
+        rows, columns = unpad_slices(size, field.shape, rounding)
+        field = field[rows, columns]
+        field = np.pad(field, ((0, 0), (0, 1)), constant_values=NEWLINE)
+    return Picture(
+        np.concatenate([base.ravel(), field.ravel()]),
+        np.vstack([_cells(side, side, 0), _cells(*field.shape, side)]),
+        len(index),
+    )
+
+
+def _cells(rows: int, columns: int, first_row: int) -> np.ndarray:
+    row, column = np.divmod(np.arange(rows * columns), max(columns, 1))
+    return np.stack([row + first_row, column], 1)
+
+
+def assign_pictures(marks: Sequence[int], pictures: int) -> list[list[int]]:
+    """Indices of the pictures of each sample.
+
+    marks: `<image>` marks of each sample. Pictures come in the order of the marks; LLaVA's
+    collator also gives a dummy to each sample without a mark, which is skipped. ValueError when
+    neither count fits.
+    """
+    total, text_only = sum(marks), sum(1 for count in marks if count == 0)
+    with_dummies = pictures == total + text_only and pictures != total
+    if pictures != total and not with_dummies:
+        check_image_marks(total, pictures, "the batch")
+    out, used = [], 0
+    for count in marks:
+        out.append(list(range(used, used + count)))
+        used += count + (with_dummies and count == 0)
+    return out
+
+
+@dataclass(frozen=True)
+class Splice:
+    """table [B, W, 8]: source row, position, origin, group, row, column, target, query.
+    labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample."""
+
+    table: np.ndarray
+    labels: np.ndarray
+    seeds: tuple[int, ...]
+    layout: Layout
+
+
+def splice(
+    ids: np.ndarray,
+    mask: np.ndarray,
+    labels: np.ndarray | None,
+    pictures: Sequence[Picture],
+    kind: Kind,
+    max_length: int | None,
+) -> Splice:
+    """Put every picture where its mark stands.
+
+    ids [B, L] with IMAGE_TOKEN_INDEX marks; mask bool [B, L] of real ids; labels [B, L] or None.
+    Rows that score: with labels every row in front of an answer, else the last one. max_length:
+    tokens a sample may have. Raises ValueError for a wrong number of pictures or a sample that is
+    too long; nothing is ever cut here.
+    """
+    batch, length = ids.shape
+    marks = [int(((ids[b] == IMAGE_TOKEN_INDEX) & mask[b]).sum()) for b in range(batch)]
+    owners = assign_pictures(marks, len(pictures))
+    first_patch = np.cumsum([0] + [picture.patches for picture in pictures]) + batch * length
+    newline, zero = int(first_patch[-1]), int(first_patch[-1]) + 1
+    samples: list[dict[str, np.ndarray]] = []
+    groups: list[Group] = []
+    seeds = []
+    for b in range(batch):
+        real = np.flatnonzero(mask[b])
+        where = [int(i) for i in real if ids[b, i] == IMAGE_TOKEN_INDEX]
+        seeds.append(zlib.crc32(ids[b, real].astype("<i8").tobytes()) & 0x7FFFFFFF)
+        source, cell, label = [], [], []
+        for piece, stop in enumerate([*where, None]):
+            begin = where[piece - 1] + 1 if piece else (real[0] if len(real) else 0)
+            text = real[(real >= begin) & (real < (length if stop is None else stop))]
+            source.append(b * length + text)
+            cell.append(np.full((len(text), 3), -1))
+            label.append(
+                labels[b, text] if labels is not None else np.full(len(text), IGNORE_INDEX)
+            )
+            if stop is None:
+                continue
+            number = owners[b][piece]
+            picture = pictures[number]
+            is_newline = picture.source == NEWLINE
+            source.append(np.where(is_newline, newline, first_patch[number] + picture.source))
+            cell.append(np.column_stack([np.full(len(picture), len(groups)), picture.cell]))
+            label.append(np.full(len(picture), IGNORE_INDEX))
+            groups.append(Group(b, piece, len(picture), len(picture)))
+        sample = {"source": np.concatenate(source), "cell": np.concatenate(cell)}
+        sample["label"] = np.concatenate(label)
+        samples.append(sample)
+        if max_length is not None and len(sample["source"]) > max_length:
+            raise ValueError(
+                f"sample {b} has {len(sample['source'])} tokens ("
+                f"{sum(len(pictures[i]) for i in owners[b])} of them visual); the model's context "
+                f"holds {max_length}"
+            )
+    return _pack(samples, groups, tuple(seeds), labels is not None, kind, zero)
+
+
+def _pack(
+    samples: list[dict[str, np.ndarray]],
+    groups: list[Group],
+    seeds: tuple[int, ...],
+    supervised: bool,
+    kind: Kind,
+    zero: int,
+) -> Splice:
+    lengths = tuple(len(sample["source"]) for sample in samples)
+    protected = [0] * len(groups)
+    queries, targets, rows = [], [], []
+    for sample in samples:
+        label, cell = sample["label"], sample["cell"]
+        target = np.append(label[1:], IGNORE_INDEX)[: len(label)]
+        is_target = target != IGNORE_INDEX
+        if supervised:
+            query = is_target & (label == IGNORE_INDEX)
+        else:
+            query = np.arange(len(label)) == len(label) - 1
+        for group in cell[is_target & (cell[:, 0] >= 0), 0]:
+            protected[group] += 1
+        queries.append(int(query.sum()))
+        targets.append(int(is_target.sum()))
+        order = np.arange(len(label))
+        rows.append(np.column_stack([sample["source"], order, order, cell, target, query]))
+    groups = [
+        Group(group.sample, group.image, group.count, group.original, protected[index])
+        for index, group in enumerate(groups)
+    ]
+    layout = Layout(
+        lengths, tuple(groups), tuple(queries), kind, tuple(targets) if supervised else ()
+    )
+    blank = np.array([zero, 0, -1, -1, -1, -1, IGNORE_INDEX, 0])
+    table = np.tile(blank, (layout.rows, layout.width, 1))
+    all_labels = np.full((layout.rows, layout.width), IGNORE_INDEX)
+    for index, (start, length) in enumerate(layout.bounds()):
+        row = 0 if kind == "packed" else index
+        table[row, start : start + length] = rows[index]
+        all_labels[row, start : start + length] = samples[index]["label"]
+    return Splice(table, all_labels, seeds, layout)
+
+
+def embed_splice(
+    plan: Splice,
+    text_BLD: Tensor,
+    patches_TPD: Tensor | None,
+    newline_D: Tensor | None,
+) -> TokenSequence:
+    """Gather the embeddings of a splice.
+
+    text_BLD: embeddings of the padded ids (any row at a mark). patches_TPD: encoded tiles of all
+    pictures, or None. newline_D: the newline embedding, or None.
+    """
+    size = text_BLD.shape[-1]
+    zero = text_BLD.new_zeros(1, size)
+    parts = [text_BLD.flatten(0, 1)]
+    if patches_TPD is not None:
+        parts.append(patches_TPD.flatten(0, 1).to(text_BLD))
+    parts += [zero if newline_D is None else newline_D[None].to(text_BLD), zero]
+    device = text_BLD.device
+    table = torch.from_numpy(plan.table).to(device, non_blocking=True)
+    hidden = torch.cat(parts).index_select(0, table[..., 0].flatten())
+    return TokenSequence(
+        hidden=hidden.view(*table.shape[:2], size),
+        position=table[..., 1],
+        origin=table[..., 2],
+        cell=table[..., 3:6],
+        target=table[..., 6],
+        query=table[..., 7].bool(),
+        extra={},
+        inputs={"seed": torch.tensor(plan.seeds).to(device, non_blocking=True)},
+        layout=plan.layout,
+    )

@@ -1,0 +1,98 @@
+"""A KV cache whose layers hold different numbers of tokens, and which alone knows lengths.
+
+After a cut the layers behind it store fewer tokens. `open` records, once a stage at prefill, which
+slots are real and which rotary position comes next; `step` answers both for every later token. The
+decoder asks nothing else, so no counter has to be kept in step and beams can be reordered freely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from llava.sequence import TokenSequence
+
+
+class PrefillLayer(DynamicLayer):
+    """A growing layer that takes over the prefill's keys and values without copying them."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.get_seq_length() > 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+        return key_states, value_states
+
+
+@dataclass
+class StageRecord:
+    """Layers start .. stop-1. length: slots filled at prefill (padding included). valid: bool
+    [B, length] or None when no slot is padding. next_position: [B], of the first new token."""
+
+    start: int
+    stop: int
+    length: int
+    valid: Tensor | None
+    next_position: Tensor
+
+
+class StagedCache(DynamicCache):
+    """transformers' dynamic cache plus one `StageRecord` a stage.
+
+    config: the decoder's config (sliding-window layers get their own kind of cache layer).
+    offloading: keep the layers on the CPU between uses, as transformers' "offloaded" cache.
+    """
+
+    def __init__(self, config: Any, offloading: bool = False) -> None:
+        super().__init__(config=config, offloading=offloading)
+        layers: list[Any] = self.layers
+        self.layers = [PrefillLayer() if type(each) is DynamicLayer else each for each in layers]
+        self.stages: list[StageRecord] = []
+
+    def open(self, start: int, stop: int, sequence: TokenSequence) -> None:
+        """Record what the layers start .. stop-1 are about to store. Left-padded sequences only:
+        a right-padded cache is wrong as soon as a sliding window fills."""
+        layout = sequence.layout
+        assert layout.kind == "left" or (layout.kind == "right" and not layout.is_padded)
+        next_position = sequence.position.amax(1) + 1
+        self.stages.append(StageRecord(start, stop, layout.width, sequence.valid, next_position))
+
+    def step(self, stage: StageRecord, count: int) -> tuple[Tensor, Tensor | None]:
+        """Positions [B, count] of the next `count` tokens and the validity of all keys they may
+        see [B, stored + count] (None: all real). Call before the layers store the tokens."""
+        seen = self.get_seq_length(stage.start) - stage.length
+        steps = torch.arange(seen, seen + count, device=stage.next_position.device)
+        positions = stage.next_position[:, None] + steps
+        if stage.valid is None:
+            return positions, None
+        new = stage.valid.new_ones(stage.valid.shape[0], seen + count)
+        return positions, torch.cat([stage.valid, new], 1)
+
+    def _map_stages(self, change: Any) -> None:
+        for stage in self.stages:
+            stage.next_position = change(stage.next_position)
+            if stage.valid is not None:
+                stage.valid = change(stage.valid)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_stages(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_stages(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_stages(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def reset(self) -> None:
+        super().reset()
+        self.stages = []

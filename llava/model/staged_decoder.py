@@ -1,0 +1,658 @@
+"""The staged loop: a decoder forward in which visual tokens leave between layers.
+
+Layers, norms and rotary tables are transformers' own. A plan splits the layers into stages of equal
+length; between two stages the loop measures what the method asked for, hands it the visual tokens
+as dense ``[groups, tokens]`` tensors and moves everything that stays in one gather. Without a plan
+there is one stage. Training, prefill and decode, every method and every decoder family run here,
+and no method is named here.
+
+The only way to use a layer's weights outside its forward is ``layer(hidden, via=function)``: it
+goes through the layer's own call, so the hooks of ZeRO-3, FSDP2, `device_map` and checkpointing
+fire.
+
+Nothing is read back from the device: lengths and counts come from `ReductionPlan.schedule`.
+
+Shape suffixes: B samples · R rows · W width · D hidden · S samples that score · Q scoring rows ·
+L keys of a sample · G groups · N visual tokens of the largest group · H query heads · K key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import rotate_half
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from llava.constants import IGNORE_INDEX
+from llava.model.staged_cache import StagedCache
+from llava.reduction.base import Signal, View
+from llava.reduction.plan import Cut, ReductionPlan, StageFacts
+from llava.sequence import Kind, Layout, TokenSequence, dense_positions
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass
+class CutTrace:
+    """What one cut saw and did. at: first layer behind it. layout: before the cut. valid, origin,
+    keep: [G, N]. score: [G, N] or None."""
+
+    at: int
+    layout: Layout
+    valid: Tensor
+    origin: Tensor
+    keep: Tensor
+    score: Tensor | None
+
+
+@dataclass
+class Record:
+    """Filled by a forward pass for its caller: the sequence behind the last layer, the stages and,
+    when `trace` is set, every cut. replay: keep masks [G, N] to use instead of asking the method
+    (tests compare two backends on the same kept sets)."""
+
+    trace: bool = False
+    replay: Sequence[Tensor] = ()
+    sequence: TokenSequence | None = None
+    stages: tuple[StageFacts, ...] = ()
+    cuts: list[CutTrace] = field(default_factory=list)
+
+
+class StagedLayer:
+    """Mixin in front of a decoder layer: ``layer(x, via=f)`` runs ``f(layer, x, ...)``."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, via: Any = None, **kwargs: Any) -> Any:
+        if via is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return via(self, hidden_states, *args, **kwargs)
+
+
+class StagedModelMixin:
+    """Mixin in front of a transformers decoder (`LlamaModel`, ...).
+
+    A subclass names `staged_layer_class`, its decoder layer with `StagedLayer` in front.
+    """
+
+    staged_layer_class: type[nn.Module]
+    # What the transformers class behind this mixin provides.
+    config: Any
+    layers: Any
+    embed_tokens: Any
+    norm: Any
+    rotary_emb: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for layer in self.layers:
+            # The staged class adds a method and no state, so the layer need not be built twice.
+            layer.__class__ = self.staged_layer_class
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StagedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        sequence: TokenSequence | None = None,
+        plan: ReductionPlan | None = None,
+        record: Record | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Prefill or training when the cache is empty or absent, else decode on the cache.
+
+        sequence: the uncut batch. Without it the ids or embeddings [B, L] are taken as text, padded
+        as `attention_mask` [B, L] says. position_ids are derived and not read. Raises ValueError
+        for a foreign cache and for attention maps, which no fast kernel returns.
+        """
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions is not available; for the scores of a cut ask for return_trace"
+            )
+        if past_key_values is not None and not isinstance(past_key_values, StagedCache):
+            raise ValueError(
+                f"{type(past_key_values).__name__} cannot hold stages of different lengths; "
+                "accepted: None or StagedCache"
+            )
+        if past_key_values is not None and past_key_values.stages:
+            if sequence is not None:
+                raise ValueError("a new picture needs a new prefill; the cache already holds one")
+            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            hidden = self._decode(hidden, past_key_values, kwargs)
+            return BaseModelOutputWithPast(self.norm(hidden), past_key_values)
+        if sequence is None:
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("give exactly one of input_ids, inputs_embeds and sequence")
+            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            sequence = text_sequence(hidden, attention_mask)
+        if use_cache and past_key_values is None:
+            past_key_values = StagedCache(self.config)
+        hidden = self.pdrop_forward(
+            sequence,
+            plan if plan is not None else ReductionPlan(),
+            past_key_values if use_cache else None,
+            record if record is not None else Record(),
+            kwargs,
+        )
+        return BaseModelOutputWithPast(hidden, past_key_values if use_cache else None)
+
+    def pdrop_forward(
+        self,
+        sequence: TokenSequence,
+        plan: ReductionPlan,
+        cache: StagedCache | None,
+        record: Record,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Run all layers with the cuts of `plan`; normed hidden state [R, W', D] of what is left.
+
+        record.sequence becomes the sequence behind the last layer, in the caller's layout.
+        """
+        caller_kind = sequence.layout.kind
+        if cache is not None:
+            if caller_kind == "packed":
+                raise ValueError("a packed batch cannot fill a cache; accepted: padded batches")
+            sequence = relayout(sequence, "left")
+        sequence = replace(sequence)  # the caller's object stays as it is
+        stages = plan.schedule(sequence.layout, len(self.layers))
+        facts = upload_facts(stages, sequence.origin.device)
+        rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
+        measured: dict[Signal, Tensor] = {}
+        for number, stage in enumerate(stages):
+            if stage.cut is not None:
+                # A cut at layer 0 has no layer in front of it; else the previous stage measured.
+                sequence = self.pdrop_rank_drop(
+                    sequence, stage, facts[number], rotary, measured, plan, record
+                )
+                rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
+            if cache is not None:
+                cache.open(stage.start, stage.stop, sequence)
+            context = attend(self.config, sequence, cache, stage)
+            prepared = plan.program.prepare(sequence) if plan.program is not None else None
+            following = stages[number + 1] if number + 1 < len(stages) else None
+            hidden = sequence.hidden
+            for index in range(stage.start, stage.stop):
+                if following is not None and index == stage.stop - 1:
+                    sequence.hidden = hidden
+                    measured = self._measure(following.cut, -1, sequence, rotary)
+                via = plan.program.layer(index) if plan.program is not None else None
+                extra = {} if via is None else {"via": via, "prepared": prepared}
+                hidden = self.layers[index](
+                    hidden,
+                    attention_mask=context.masks[attention_kind(self.config, index)],
+                    position_ids=None,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    position_embeddings=rotary,
+                    **context.kwargs,
+                    **extra,
+                    **kwargs,
+                )
+            sequence.hidden = hidden
+            if hidden.device != sequence.origin.device:
+                sequence = sequence.to(hidden.device)
+                rotary = tuple(table.to(hidden.device) for table in rotary)
+        if sequence.layout.kind != caller_kind:
+            sequence = relayout(sequence, caller_kind)
+        sequence.hidden = self.norm(sequence.hidden)
+        record.sequence, record.stages = sequence, stages
+        return sequence.hidden
+
+    def pdrop_rank_drop(
+        self,
+        sequence: TokenSequence,
+        stage: StageFacts,
+        facts: CutFacts,
+        rotary: tuple[Tensor, Tensor],
+        measured: dict[Signal, Tensor],
+        plan: ReductionPlan,
+        record: Record,
+    ) -> TokenSequence:
+        """One cut: measure, let the method choose, keep. Works on a detached copy of the scores'
+        inputs, so no gradient flows through the ranking."""
+        cut, before = stage.cut, stage.before
+        assert cut is not None
+        assert before is not None
+        facts = facts.to(sequence.hidden.device)
+        if stage.regroup and len(stage.regroup) != len(before.groups):
+            group_RW = sequence.cell[..., 0]
+            joined = torch.where(group_RW >= 0, facts.regroup[group_RW.clamp_min(0)], -1)
+            sequence.cell = torch.cat([joined[..., None], sequence.cell[..., 1:]], -1)
+        tokens = {**measured, **self._measure(cut, 0, sequence, rotary)}
+        with torch.no_grad():
+            width = max((group.count for group in before.groups), default=0)
+            table_GN, valid_GN = sequence.group_table(facts.starts, facts.counts, width)
+
+            def pick(tensor_RW: Tensor) -> Tensor:
+                return tensor_RW.flatten(0, 1)[table_GN]
+
+            origin_GN = pick(sequence.origin)
+            mix = None
+            if record.replay:
+                selection_keep, score = record.replay[len(record.cuts)], None
+            else:
+                protected = torch.zeros_like(valid_GN)
+                if any(group.protected for group in before.groups):
+                    protected = (pick(sequence.target) != IGNORE_INDEX) & valid_GN
+                view = View(
+                    valid=valid_GN,
+                    protected=protected,
+                    cell=pick(sequence.cell)[..., 1:],
+                    origin=origin_GN,
+                    seed=sequence.inputs["seed"][facts.samples],
+                    count=facts.counts,
+                    budget=facts.budgets,
+                    max_budget=max(stage.budgets, default=0),
+                    signals={signal: pick(value) for signal, value in tokens.items()},
+                )
+                selection = cut.reducer.select(view)
+                selection_keep, score, mix = selection.keep, selection.score, selection.mix
+            if record.trace or record.replay:
+                record.cuts.append(
+                    CutTrace(cut.at, before, valid_GN, origin_GN, selection_keep, score)
+                )
+        if mix is not None:
+            sequence = sequence.mixed(table_GN, valid_GN, mix)
+        return sequence.keep(
+            table_GN,
+            valid_GN,
+            selection_keep,
+            stage.layout,
+            facts.bounds,
+            renumber=plan.positions == "renumber",
+        )
+
+    def _measure(
+        self,
+        cut: Cut | None,
+        offset: int,
+        sequence: TokenSequence,
+        rotary: tuple[Tensor, Tensor],
+    ) -> dict[Signal, Tensor]:
+        """The signals of one offset as token-aligned tensors [R, W, ...]."""
+        assert cut is not None
+        wanted = [signal for signal in cut.reducer.signals if signal.offset == offset]
+        measured: dict[Signal, Tensor] = {}
+        for signal in wanted:
+            if signal.kind == "hidden":
+                measured[signal] = sequence.hidden.detach()
+            elif signal.kind == "extra":
+                measured[signal] = sequence.extra[signal.name]
+            else:
+                measured[signal] = self._probe(cut.at + offset, signal, sequence, rotary)
+        return measured
+
+    @torch.no_grad()
+    def _probe(
+        self, index: int, signal: Signal, sequence: TokenSequence, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Ask one layer for a signal. Every rank calls every probe, whatever its batch holds."""
+        layer, hidden = self.layers[index], sequence.hidden.detach()
+        if signal.kind == "keys":
+            _, keys = layer(hidden, via=partial(layer_keys, norm=signal.norm))
+            return keys.to(hidden.device)
+        window = None
+        if attention_kind(self.config, index) == SLIDING:
+            window = self.config.sliding_window
+        rows_SQ, rows_valid_SQ, keys_SL, keys_valid_SL = scoring_tables(sequence)
+        visual = (sequence.cell[..., 0] >= 0).flatten()[keys_SL]
+        allowed_SL = keys_valid_SL & visual if signal.over == "visual" else keys_valid_SL
+        via = partial(layer_attention, norm=signal.norm, rope=signal.rope, window=window)
+        _, mass_SHL = layer(hidden, *rotary, rows_SQ, rows_valid_SQ, keys_SL, allowed_SL, via=via)
+        mass_SHL = mass_SHL.to(hidden.device)
+        if not signal.heads:
+            mass_SHL = mass_SHL.mean(1, keepdim=True)
+        # Back from samples x keys to rows x columns; slots that are no key go to a dump slot.
+        total = sequence.origin.numel()
+        where = torch.where(keys_valid_SL, keys_SL, total).flatten()
+        flat = mass_SHL.new_zeros(total + 1, mass_SHL.shape[1])
+        flat = flat.index_copy(0, where, mass_SHL.transpose(1, 2).flatten(0, 1))[:-1]
+        mass_RWH = flat.view(*sequence.origin.shape, -1)
+        return mass_RWH if signal.heads else mass_RWH[..., 0]
+
+    def _decode(self, hidden: Tensor, cache: StagedCache, kwargs: dict[str, Any]) -> Tensor:
+        """Text tokens [B, q, D] on a filled cache: each is attended to in the layers it reached."""
+        count = hidden.shape[1]
+        steps = [cache.step(stage, count) for stage in cache.stages]
+        # One call for the rotary tables of all stages.
+        positions = torch.cat([position.to(hidden.device) for position, _ in steps])
+        tables = self.rotary_emb(hidden, position_ids=positions)
+        tables = [table.chunk(len(steps)) for table in tables]
+        for number, (stage, (_, valid)) in enumerate(zip(cache.stages, steps, strict=True)):
+            masks = _masks(self.config, hidden, valid, cache, range(stage.start, stage.stop))
+            for index in range(stage.start, stage.stop):
+                hidden = self.layers[index](
+                    hidden,
+                    attention_mask=masks[attention_kind(self.config, index)],
+                    position_ids=None,
+                    past_key_values=cache,
+                    use_cache=True,
+                    position_embeddings=(tables[0][number], tables[1][number]),
+                    **kwargs,
+                )
+        return hidden
+
+
+# Probes: functions that run inside a layer's own call
+
+
+def layer_keys(layer: Any, hidden: Tensor, *, norm: bool) -> tuple[None, Tensor]:
+    """Unrotated keys [R, W, kv_heads * head_dim] of a layer."""
+    x = layer.input_layernorm(hidden) if norm else hidden
+    return None, _project(layer.self_attn, "k", x).flatten(2)
+
+
+def layer_attention(
+    layer: Any,
+    hidden_RWD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows_SQ: Tensor,
+    rows_valid_SQ: Tensor,
+    keys_SL: Tensor,
+    allowed_SL: Tensor,
+    *,
+    norm: bool,
+    rope: bool,
+    window: int | None,
+) -> tuple[None, Tensor]:
+    """Probability mass [S, H, L] that the scoring rows put on the keys, mean over the rows.
+
+    Only the scoring rows are projected to queries and no L x L map is made, so fast kernels stay on
+    for the layers themselves. rows_SQ, keys_SL: flat token indices. Softmax in float32.
+    """
+    attention = layer.self_attn
+    x_RWD = layer.input_layernorm(hidden_RWD) if norm else hidden_RWD
+    flat = x_RWD.flatten(0, 1)
+    query = _project(attention, "q", flat[rows_SQ])
+    key = _project(attention, "k", x_RWD)
+    if rope:
+        cos, sin = (table.expand(*x_RWD.shape[:2], -1) for table in (cos, sin))
+        key = key * cos[:, :, None] + rotate_half(key) * sin[:, :, None]
+        cos, sin = (table.flatten(0, 1)[rows_SQ][:, :, None] for table in (cos, sin))
+        query = query * cos + rotate_half(query) * sin
+    if keys_SL.shape != key.shape[:2]:  # packed: gather the keys of each sample
+        key = key.flatten(0, 1)[keys_SL]
+    samples, count, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    query = query.view(samples, count, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
+    logits = query.flatten(2, 3) @ key.permute(0, 2, 3, 1)
+    logits = logits.view(samples, heads, count, -1).float() * attention.scaling
+    visible = allowed_SL[:, None] & (keys_SL[:, None] <= rows_SQ[..., None])
+    if window is not None:
+        visible = visible & (keys_SL[:, None] > rows_SQ[..., None] - window)
+    logits = logits.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
+    weight = rows_valid_SQ / rows_valid_SQ.sum(1, keepdim=True).clamp_min(1)
+    mass = (logits.softmax(-1) * weight[:, None, :, None]).sum(2)
+    return None, mass
+
+
+def _project(attention: Any, name: str, x: Tensor) -> Tensor:
+    """Heads [..., heads, head_dim] of the q or k projection, normed per head where the family does
+    (Qwen3). Dropout inside an adapter is off: it would make the ranking random."""
+    projection = getattr(attention, f"{name}_proj")
+    with _without_dropout(projection):
+        heads = projection(x).unflatten(-1, (-1, attention.head_dim))
+    head_norm = getattr(attention, f"{name}_norm", None)
+    return heads if head_norm is None else head_norm(heads)
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    active = [
+        child for child in module.modules() if child.training and isinstance(child, nn.Dropout)
+    ]
+    with ExitStack() as stack:
+        for child in active:
+            child.eval()
+            stack.callback(child.train)
+        yield
+
+
+# Tables and masks: where the layouts are told apart
+
+
+@dataclass
+class CutFacts:
+    """The integers of one cut on the device: starts, counts, budgets, samples [G]; regroup [old G];
+    bounds [B, 2]."""
+
+    starts: Tensor
+    counts: Tensor
+    budgets: Tensor
+    samples: Tensor
+    regroup: Tensor
+    bounds: Tensor
+
+    def to(self, device: torch.device) -> CutFacts:
+        if self.starts.device == device:
+            return self
+        return CutFacts(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def upload_facts(stages: Sequence[StageFacts], device: torch.device) -> tuple[CutFacts, ...]:
+    """The integers of all cuts, in one copy to the device. Entry 0 (no cut) is empty."""
+    parts: list[list[int]] = []
+    for stage in stages:
+        groups = stage.before.groups if stage.before is not None else ()
+        starts = stage.before.group_starts() if stage.before is not None else ()
+        bounds = [value for pair in stage.layout.bounds() for value in pair]
+        parts += [
+            list(starts),
+            [group.count for group in groups],
+            list(stage.budgets) if stage.cut is not None else [],
+            [group.sample for group in groups],
+            list(stage.regroup),
+            bounds,
+        ]
+    flat = torch.tensor([value for part in parts for value in part], dtype=torch.long)
+    split = flat.to(device, non_blocking=True).split([len(part) for part in parts])
+    return tuple(
+        CutFacts(*split[i : i + 5], bounds=split[i + 5].view(-1, 2))  # type: ignore[misc]
+        for i in range(0, len(split), 6)
+    )
+
+
+def scoring_tables(sequence: TokenSequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Flat indices and validity of the scoring rows [S, Q] and the keys [S, L] of each sample."""
+    layout, device = sequence.layout, sequence.origin.device
+    rows, width = sequence.origin.shape
+    samples, most = len(layout.lengths), max(max(layout.queries, default=0), 1)
+    flat = torch.arange(rows * width, device=device).view(rows, width)
+    if layout.kind == "packed":
+        bounds = torch.tensor(layout.bounds()).to(device, non_blocking=True)
+        starts, lengths = bounds[:, :1], bounds[:, 1:]
+        step = torch.arange(max(layout.lengths), device=device)
+        keys_valid = step < lengths
+        keys = torch.where(keys_valid, starts + step, 0)
+        sample = torch.arange(samples, device=device)
+        sample = sample.repeat_interleave(lengths[:, 0], output_size=width)[None]
+        before = torch.tensor([0, *layout.queries]).cumsum(0)[:-1].to(device, non_blocking=True)
+    else:
+        keys = flat
+        keys_valid = sequence.origin >= 0
+        sample = torch.arange(samples, device=device)[:, None].expand(rows, width)
+        before = torch.zeros(samples, dtype=torch.long, device=device)
+    rank = sequence.query.cumsum(1) - 1 - before[sample]
+    slot = torch.where(sequence.query, sample * most + rank, samples * most)
+    table = torch.zeros(samples * most + 1, dtype=torch.long, device=device)
+    table = table.scatter(0, slot.flatten(), flat.flatten())[:-1].view(samples, most)
+    queries = torch.tensor(layout.queries).to(device, non_blocking=True)
+    valid = torch.arange(most, device=device) < queries[:, None]
+    return table, valid, keys, keys_valid
+
+
+@dataclass
+class AttendContext:
+    """masks: attention mask by kind of layer. kwargs: further arguments for every layer."""
+
+    masks: dict[str, Any]
+    kwargs: dict[str, Any]
+
+
+def attention_kind(config: Any, index: int) -> str:
+    """ "full_attention" or "sliding_attention" of layer `index`."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[index]
+    return SLIDING if getattr(config, "sliding_window", None) is not None else FULL
+
+
+def attend(
+    config: Any, sequence: TokenSequence, cache: StagedCache | None, stage: StageFacts
+) -> AttendContext:
+    """Masks or varlen arguments of one stage, made once. Only this function knows the layout."""
+    layers = range(stage.start, stage.stop)
+    if sequence.layout.kind == "packed":
+        return _attend_packed(config, sequence, layers)
+    # Padding on the right is never seen by a causal row of a real token: no mask is needed.
+    valid = sequence.valid if sequence.layout.kind == "left" else None
+    return AttendContext(_masks(config, sequence.hidden, valid, cache, layers), {})
+
+
+def _masks(
+    config: Any, hidden: Tensor, valid: Tensor | None, cache: StagedCache | None, layers: range
+) -> dict[str, Any]:
+    """Causal masks for `layers`, one a kind, sized from the cache layer of that kind.
+
+    Positions are not passed on: transformers would read gaps in them as borders between packed
+    samples. With padding the mask is built without the shortcut that reads it on the host.
+    """
+    masks: dict[str, Any] = {}
+    for index in layers:
+        kind = attention_kind(config, index)
+        if kind in masks:
+            continue
+        create = create_causal_mask if kind == FULL else create_sliding_window_causal_mask
+        masks[kind] = create(
+            config=config,
+            inputs_embeds=hidden,
+            attention_mask=valid,
+            past_key_values=cache,
+            layer_idx=index,
+            allow_is_causal_skip=valid is None,
+        )
+    return masks
+
+
+def _attend_packed(config: Any, sequence: TokenSequence, layers: range) -> AttendContext:
+    """Samples one behind the other must not see each other.
+
+    flash_attention_2 takes transformers' four varlen arguments. eager and sdpa would ignore those
+    silently, so they get a block-diagonal mask [1, 1, T, T]: the reference, quadratic in the pack.
+    """
+    layout, device = sequence.layout, sequence.hidden.device
+    kinds = {attention_kind(config, index) for index in layers}
+    backend = config._attn_implementation
+    if backend == "flash_attention_2":
+        ends = torch.tensor([0, *layout.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends = ends.to(device, non_blocking=True)
+        longest = max(layout.lengths)
+        kwargs = {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+        return AttendContext(dict.fromkeys(kinds), kwargs)
+    if backend not in ("eager", "sdpa"):
+        raise ValueError(
+            f"packed batches with the attention backend {backend!r} would mix the samples; "
+            "accepted: eager, sdpa, flash_attention_2"
+        )
+    bounds = torch.tensor(layout.bounds()).to(device, non_blocking=True)
+    sample = torch.arange(len(layout.lengths), device=device)
+    sample = sample.repeat_interleave(bounds[:, 1], output_size=layout.width)
+    column = torch.arange(layout.width, device=device)
+    causal = (sample[:, None] == sample) & (column[:, None] >= column)
+    masks = {}
+    for kind in kinds:
+        seen = causal
+        if kind == SLIDING:
+            seen = causal & (column[:, None] - column < config.sliding_window)
+        if backend == "eager":
+            lowest = torch.finfo(sequence.hidden.dtype).min
+            zero = torch.zeros((), dtype=sequence.hidden.dtype, device=device)
+            masks[kind] = torch.where(seen, zero, lowest)[None, None]
+        else:
+            masks[kind] = seen[None, None]
+    return AttendContext(masks, {})
+
+
+def relayout(sequence: TokenSequence, kind: Kind) -> TokenSequence:
+    """The same padded batch with its padding on the other side."""
+    layout = sequence.layout
+    if layout.kind == kind:
+        return sequence
+    assert "packed" not in (layout.kind, kind)
+    moved = replace(layout, kind=kind)
+    if not layout.is_padded:
+        return replace(sequence, layout=moved)
+    bounds = torch.tensor(moved.bounds()).to(sequence.origin.device, non_blocking=True)
+    nothing = torch.zeros(0, 0, dtype=torch.long, device=sequence.origin.device)
+    return sequence.keep(nothing, nothing.bool(), nothing.bool(), moved, bounds, renumber=False)
+
+
+def text_sequence(
+    hidden_BLD: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None
+) -> TokenSequence:
+    """Text embeddings [B, L, D] as a sequence; labels [B, L] become shifted targets.
+
+    Mask and labels are read once on the host, for the lengths and the number of targets.
+    """
+    batch, width = hidden_BLD.shape[:2]
+    lengths: tuple[int, ...] = (width,) * batch
+    kind: Kind = "left"
+    if attention_mask is not None:
+        rows = attention_mask.bool().cpu()
+        lengths = tuple(int(count) for count in rows.sum(1))
+        kind = padding_side(rows)
+    device = hidden_BLD.device
+    target = torch.full((batch, width), IGNORE_INDEX, device=device)
+    targets: tuple[int, ...] = ()
+    if labels is not None:
+        target[:, :-1] = labels[:, 1:].to(device)
+        targets = tuple(int(count) for count in (target != IGNORE_INDEX).sum(1).cpu())
+    layout = Layout(lengths, (), (1,) * batch, kind, targets)
+    bounds = torch.tensor(layout.bounds()).to(device, non_blocking=True)
+    position = dense_positions(layout, bounds)
+    column = torch.arange(width, device=device) - bounds[:, :1]
+    valid = (column >= 0) & (column < bounds[:, 1:])
+    return TokenSequence(
+        hidden=hidden_BLD,
+        position=position,
+        origin=torch.where(valid, position, -1),
+        cell=torch.full((batch, width, 3), -1, device=device),
+        target=target,
+        query=column == bounds[:, 1:] - 1,
+        extra={},
+        inputs={"seed": torch.zeros(batch, dtype=torch.long, device=device)},
+        layout=layout,
+    )
+
+
+def padding_side(mask: Tensor) -> Kind:
+    """ "left" or "right" for a bool mask [B, L] on the CPU; ValueError when a row has a hole or the
+    rows disagree. A mask without padding counts as "left"."""
+    lengths = mask.sum(1, keepdim=True)
+    column = torch.arange(mask.shape[1])
+    if bool((mask == (column >= mask.shape[1] - lengths)).all()):
+        return "left"
+    if bool((mask == (column < lengths)).all()):
+        return "right"
+    raise ValueError(
+        "attention_mask has holes or mixes padding sides; accepted: all rows padded left or all "
+        "rows padded right"
+    )
