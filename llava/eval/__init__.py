@@ -1,0 +1,1 @@
+"""Evaluation: question files in, answers and scores with their uncertainty out."""

@@ -1,0 +1,366 @@
+"""The answer loop with a stand-in model: records, batches, lengths, files, messages.
+
+The stand-in answers from what it is given (colour of each picture, number of real tokens), so a
+picture or a mask in the wrong place changes an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DATA
+from PIL import Image
+from transformers import AutoTokenizer
+
+from llava.eval import answer as answer_module
+from llava.eval import run as run_module
+from llava.eval.answer import Decoding, answer_questions, main
+from llava.eval.benchmarks import load_benchmark, resolve_names
+from llava.eval.questions import read_questions
+from llava.mm_utils import clip_image_processor_class
+from llava.prompting import build_prompt, tokenize_prompt
+from llava.reduction import ReductionPlan
+
+COLOURS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250)}
+PLAN = "pyramiddrop:layers=[1,2],ratios=[0.5,0.25]"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    folder = DATA / "pyramiddrop" / "preprocess" / "tokenizer_nonlegacy"
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    size = {"height": 28, "width": 28}
+    return clip_image_processor_class()(size={"shortest_edge": 28}, crop_size=size)
+
+
+class Model:
+    """Says the colour of each of a sample's pictures, then its number of tokens."""
+
+    device, dtype = "cpu", torch.float32
+
+    def __init__(self, tokenizer, context_length=512, **config):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.config = SimpleNamespace(
+            image_aspect_ratio="pad",
+            num_hidden_layers=4,
+            visual_token_reduction=None,
+            conv_mode="v1",
+        )
+        vars(self.config).update(config)
+        self.calls = []
+
+    def eval(self):
+        return self
+
+    def get_vision_tower(self):
+        return SimpleNamespace(num_patches=4)
+
+    def generate(self, inputs, attention_mask, images, image_sizes, reduction, **kwargs):
+        marks = (inputs == -200).sum(1)
+        assert not torch.is_grad_enabled()
+        assert (attention_mask[:, -1] == 1).all(), "padded on the wrong side"
+        assert marks.sum() == (0 if images is None else len(images))
+        self.calls.append(SimpleNamespace(rows=len(inputs), reduction=reduction, **kwargs))
+        rows, seen = [], 0
+        for mask, n in zip(attention_mask, marks.tolist(), strict=True):
+            words = []
+            for pixels in [] if images is None else images[seen : seen + n]:
+                channel = pixels.mean((1, 2))
+                word = "grey" if channel.abs().max() < 0.1 else list(COLOURS)[int(channel.argmax())]
+                words.append(word)
+            seen += n
+            text = " ".join([*words, str(int(mask.sum()))])
+            ids = self.tokenizer(text).input_ids[1:]
+            rows.append((ids + [self.tokenizer.eos_token_id])[: kwargs["max_new_tokens"]])
+        width = max(map(len, rows))
+        pad = kwargs["pad_token_id"]
+        return torch.tensor([r + [pad] * (width - len(r)) for r in rows])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures, a question file of 7 mixed questions, and the answers they should get."""
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (28, 28), colour).save(tmp_path / f"{name}.png")
+    asked = [
+        ("red.png", "What colour is this?"),
+        (None, "Hello, who are you and why?"),
+        (["blue.png", "green.png"], "Which two?"),
+        ("green.png", "Short?"),
+        (["red.png", "red.png", "blue.png"], "A question that is somewhat longer than others."),
+        ("blue.png", "What?"),
+        (None, "Hi"),
+    ]
+    with open(tmp_path / "q.jsonl", "w") as file:
+        for number, (image, text) in enumerate(asked):
+            record = {"question_id": number // 2, "text": text}
+            file.write(json.dumps(record if image is None else {**record, "image": image}) + "\n")
+    return tmp_path
+
+
+def expected(questions, tokenizer, grey=False):
+    texts = []
+    for q in questions:
+        words = ["grey" if grey else image.removesuffix(".png") for image in q.images]
+        prompt = build_prompt(q.text, "v1", len(q.images))
+        texts.append(" ".join([*words, str(len(tokenize_prompt(prompt, tokenizer)))]))
+    return texts
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 20])
+def test_answers_do_not_depend_on_the_batch(folder, tokenizer, processor, batch_size):
+    model, questions = Model(tokenizer), read_questions(folder / "q.jsonl")
+    records = answer_questions(
+        model, tokenizer, processor, questions,
+        image_folder=folder, batch_size=batch_size, model_id="m",
+    )  # fmt: skip
+    assert [r["text"] for r in records] == expected(questions, tokenizer)
+    assert [call.rows for call in model.calls][0] == min(batch_size, 7)
+    assert sum(call.rows for call in model.calls) == 7
+
+
+def test_record_has_llavas_keys(folder, tokenizer, processor):
+    questions = read_questions(folder / "q.jsonl")
+    kwargs = {"image_folder": folder, "model_id": "m"}
+    model = Model(tokenizer)
+    first, *rest = answer_questions(model, tokenizer, processor, questions, **kwargs)
+    assert list(first)[:6] == [
+        "question_id", "prompt", "text", "answer_id", "model_id", "metadata",
+    ]  # fmt: skip
+    assert (first["question_id"], first["prompt"]) == (0, "What colour is this?")
+    assert (first["model_id"], first["metadata"], first["finish"]) == ("m", {}, "eos")
+    assert first["n_out"] == len(tokenizer(first["text"]).input_ids)  # its BOS stands for the EOS
+    again = answer_questions(model, tokenizer, processor, questions, **kwargs)
+    other = answer_questions(model, tokenizer, processor, questions, reduction=PLAN, **kwargs)
+    ids = {r["answer_id"] for r in [first, *rest]}
+    assert len(ids) == 7
+    assert {r["answer_id"] for r in again} == ids
+    assert not {r["answer_id"] for r in other} & ids
+
+
+def test_an_answer_that_was_cut_says_so(folder, tokenizer, processor):
+    record, *_ = answer_questions(
+        Model(tokenizer), tokenizer, processor, read_questions(folder / "q.jsonl"),
+        image_folder=folder, max_new_tokens=2,
+    )  # fmt: skip
+    assert (record["finish"], record["n_out"]) == ("length", 2)
+
+
+def test_blind_shows_grey_only(folder, tokenizer, processor):
+    questions = read_questions(folder / "q.jsonl")
+    records = answer_questions(
+        Model(tokenizer), tokenizer, processor, questions, image_folder=folder, blind=True
+    )
+    assert [r["text"] for r in records] == expected(questions, tokenizer, grey=True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "plan"),
+    [
+        (None, None, "none"),
+        (PLAN, None, PLAN),
+        (PLAN, "none", "none"),
+        (None, ReductionPlan.parse(PLAN), PLAN),
+    ],
+)
+def test_which_plan_is_run(folder, tokenizer, processor, stored, asked, plan):
+    stored = ReductionPlan.parse(stored).to_dict() if stored else None
+    model = Model(tokenizer, visual_token_reduction=stored)
+    answer_questions(
+        model, tokenizer, processor, read_questions(folder / "q.jsonl"),
+        image_folder=folder, reduction=asked,
+    )  # fmt: skip
+    assert {str(call.reduction) for call in model.calls} == {plan}
+
+
+def test_decoding_reaches_generate(folder, tokenizer, processor):
+    model = Model(tokenizer)
+    for decoding in (Decoding(), Decoding(9, temperature=0.2, top_p=0.9, num_beams=2)):
+        answer_questions(
+            model, tokenizer, processor, read_questions(folder / "q.jsonl")[:1],
+            image_folder=folder, decoding=decoding,
+        )  # fmt: skip
+    greedy, sampled = model.calls
+    assert (greedy.do_sample, greedy.num_beams, greedy.max_new_tokens) == (False, 1, 128)
+    assert not hasattr(greedy, "temperature")
+    assert (sampled.do_sample, sampled.temperature, sampled.top_p) == (True, 0.2, 0.9)
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"num_beams": 0}, {"top_p": 2.0}):
+        with pytest.raises(ValueError, match="accepted"):
+            Decoding(**wrong)
+
+
+def test_a_prompt_that_does_not_fit_is_named(folder, tokenizer, processor):
+    model = Model(tokenizer, context_length=60)
+    questions = read_questions(folder / "q.jsonl")
+    with pytest.raises(ValueError, match=r"question 0: the prompt has \d+ tokens \(4 of them vis"):
+        answer_questions(model, tokenizer, processor, questions, image_folder=folder)
+    assert model.calls == []
+
+
+def test_wrong_settings_are_refused_before_anything_runs(folder, tokenizer, processor):
+    model, questions = Model(tokenizer), read_questions(folder / "q.jsonl")
+    rest = (model, tokenizer, processor, questions)
+    plan = "pyramiddrop:layers=[9],ratios=[0.5]"
+    with pytest.raises(ValueError, match="layer 9"):
+        answer_questions(*rest, image_folder=folder, reduction=plan)
+    with pytest.raises(ValueError, match="batch size is 0"):
+        answer_questions(*rest, image_folder=folder, batch_size=0)
+    with pytest.raises(ValueError, match="unknown conversation template"):
+        answer_questions(*rest, image_folder=folder, conv_mode="v9")
+    with pytest.raises(FileNotFoundError, match=r"red\.png"):
+        answer_questions(*rest, image_folder=folder / "elsewhere")
+    assert model.calls == []
+
+
+# --- command lines -------------------------------------------------------------------------------
+@pytest.fixture
+def shipped(monkeypatch, tokenizer, processor):
+    """Command lines load the stand-in model."""
+    model = Model(tokenizer)
+    loaded = (tokenizer, model, processor, "tiny")
+    for module in (answer_module, run_module):
+        monkeypatch.setattr(module, "load_from_flags", lambda args: loaded)
+    return model
+
+
+def flags(folder, *more: str) -> list[str]:
+    return [
+        "--model-path", "tiny", "--image-folder", str(folder),
+        "--question-file", str(folder / "q.jsonl"),
+        "--answers-file", str(folder / "out" / "a.jsonl"), "--batch-size", "3", *more,
+    ]  # fmt: skip
+
+
+def test_main_writes_chunks_that_make_the_whole(folder, shipped, tokenizer):
+    texts = []
+    for chunk in range(3):
+        assert main(flags(folder, "--num-chunks", "3", "--chunk-idx", str(chunk))) == 0
+        lines = (folder / "out" / "a.jsonl").read_text().splitlines()
+        texts += [json.loads(line)["text"] for line in lines]
+    assert texts == expected(read_questions(folder / "q.jsonl"), tokenizer)
+
+
+def test_main_takes_the_flags_of_old_scripts(folder, shipped):
+    old = [
+        "--temperature", "0", "--conv-mode", "vicuna_v1", "--max_new_tokens", "5",
+        "--layer_list", "[1,2]", "--image_token_ratio_list", "[0.5,0.25]", "--pdrop_infer", "True",
+        "--num_beams", "1", "--model-base", "x", "--top_p", "0.5",
+    ]  # fmt: skip
+    assert main(flags(folder, *old)) == 0
+    assert {str(call.reduction) for call in shipped.calls} == {PLAN}
+    assert {call.max_new_tokens for call in shipped.calls} == {5}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--question-file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--reduction", "nonsense"], "nonsense"),
+        (["--layer_list", "[2,1]", "--image_token_ratio_list", "[0.5,0.25]"], "rising"),
+        (["--layer_list", "[1]"], "give both"),
+        (["--num-chunks", "2", "--chunk-idx", "2"], "chunk"),
+        (["--limit", "0"], "limit is 0"),
+        (["--max_new_tokens", "0"], "max_new_tokens"),
+        (["--image-folder", "nowhere"], "red.png"),
+    ],
+)
+def test_main_refuses_bad_input_in_one_line(folder, shipped, capsys, more, says):
+    with pytest.raises(SystemExit) as stop:
+        main(flags(folder, *more))
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+    assert shipped.calls == []
+    assert not (folder / "out").exists()
+
+
+def test_a_damaged_picture_leaves_no_answers_file(folder, shipped, capsys):
+    (folder / "blue.png").write_bytes((folder / "blue.png").read_bytes()[:40])
+    with pytest.raises(SystemExit):
+        main(flags(folder))
+    assert "blue.png" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+# --- benchmarks ----------------------------------------------------------------------------------
+@pytest.fixture
+def data_root(folder):
+    """A data root with one benchmark in the layout of the table, made of the pictures above."""
+    place = folder / "root" / "digits" / "vqav2"
+    (place / "val2014").mkdir(parents=True)
+    questions, labels = [], []
+    for i in range(6):
+        name = list(COLOURS)[i % 3]
+        Image.new("RGB", (28, 28), COLOURS[name]).save(place / "val2014" / f"{name}.png")
+        text = ["What?", "Which colour is this?"][i % 2]
+        ids = tokenize_prompt(build_prompt(text, "v1"), shipped_tokenizer())
+        right = f"{name} {len(ids)}." if i else "wrong"
+        questions.append({"question_id": i, "image": f"{name}.png", "text": text})
+        labels.append({"question_id": i, "answer": right})
+    for file, rows in (("llava_vqav2_mscoco_val2014.jsonl", questions), ("labels.jsonl", labels)):
+        (place / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "root"
+
+
+def shipped_tokenizer():
+    folder = DATA / "pyramiddrop" / "preprocess" / "tokenizer_nonlegacy"
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_llava_eval_scores_and_writes(data_root, tmp_path, shipped, capsys):
+    out, results = tmp_path / "rows.json", tmp_path / "results"
+    argv = [
+        "digits_vqav2", "--model-path", "tiny", "--data-root", str(data_root),
+        "--results", str(results), "--json", str(out), "--reduction", PLAN, "--batch-size", "4",
+    ]  # fmt: skip
+    assert run_module.main(argv) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["accuracy"] == pytest.approx(100 * 5 / 6)
+    assert 0 <= row["low"] < row["accuracy"] <= row["high"] <= 100
+    assert (row["set"], row["plan"], row["plan_source"]) == ("digits_vqav2", PLAN, "flag")
+    assert (row["checkpoint"], row["n"], row["n_missing"]) == ("tiny", 6, 0)
+    (run,) = (results / "digits_vqav2").iterdir()
+    assert run.name.startswith("tiny-pyramiddrop-")
+    assert {p.name for p in run.iterdir()} == {"run.json", "answers.jsonl", "scores.json"}
+    scores = json.loads((run / "scores.json").read_text())
+    assert [item["score"] for item in scores["per_item"]] == [0, 1, 1, 1, 1, 1]
+    settings = json.loads((run / "run.json").read_text())
+    assert settings["conv_mode"] == "v1"
+    assert len(settings["questions_sha256"]) == 64
+    assert "83.33 %" in capsys.readouterr().out
+    # The same settings are the same run, others are another.
+    run_module.main(argv)
+    assert len(list((results / "digits_vqav2").iterdir())) == 1
+    run_module.main([*argv, "--blind"])
+    assert len(list((results / "digits_vqav2").iterdir())) == 2
+
+
+def test_benchmark_files_are_checked(data_root):
+    place = data_root / "digits" / "vqav2"
+    assert len(load_benchmark("digits_vqav2", data_root, limit=2).questions) == 2
+    with pytest.raises(FileNotFoundError, match=r"digits_gqa.*llava digits"):
+        load_benchmark("digits_gqa", data_root)
+    with pytest.raises(ValueError, match="limit is 0"):
+        load_benchmark("digits_vqav2", data_root, limit=0)
+    lines = (place / "labels.jsonl").read_text().splitlines()
+    (place / "labels.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(ValueError, match=r"labels\.jsonl:1: .*order"):
+        load_benchmark("digits_vqav2", data_root)
+    (place / "labels.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match="5 labels for 6 questions"):
+        load_benchmark("digits_vqav2", data_root)
+
+
+def test_benchmark_names():
+    assert resolve_names(["digits_gqa", "digits"])[:2] == ["digits_gqa", "digits_vqav2"]
+    assert len(resolve_names(["digits", "digits_pope"])) == 5
+    with pytest.raises(ValueError, match=r"'pop'.*digits_pope"):
+        resolve_names(["pop"])
