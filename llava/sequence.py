@@ -12,7 +12,7 @@ Packed: ``[1, total]``, samples one behind the other. Only this file and
 a cut follow from them and from the plan, so no value is read back from a device.
 
 Shape suffixes: B samples · R rows (B padded, 1 packed) · W width of a row · D hidden size ·
-G groups of visual tokens that compete · N largest group · Q largest number of scoring rows.
+G groups of visual tokens that compete · N largest group · V all visual tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,18 +135,12 @@ class Layout:
             groups.append(replace(group, count=budget))
         return replace(self, lengths=tuple(lengths), groups=tuple(groups))
 
-    def group_starts(self) -> tuple[int, ...]:
-        """Visual tokens that precede each group in its row."""
-        counts = [group.count for group in self.groups]
-        before = [0, *accumulate(counts)][:-1] if counts else []
-        if self.kind == "packed":
-            return tuple(before)
-        first: dict[int, int] = {}
-        for group, start in zip(self.groups, before, strict=True):
-            first.setdefault(group.sample, start)
-        return tuple(
-            start - first[group.sample] for group, start in zip(self.groups, before, strict=True)
-        )
+    def slots(self) -> np.ndarray:
+        """Index of token n of group g among all visual tokens sorted by group [G, N]; -1 = none."""
+        counts = np.array([group.count for group in self.groups], dtype=np.int64)
+        step = np.arange(counts.max(initial=0))
+        first = np.cumsum(counts) - counts
+        return np.where(step < counts[:, None], first[:, None] + step, -1)
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """(first column, length) of each sample in its row."""
@@ -175,34 +170,52 @@ class Layout:
         )
 
 
-# Token-aligned fields and the value they have at padding.
-_FILL = {"position": 0, "origin": -1, "target": IGNORE_INDEX, "query": False, "cell": -1}
+# Columns of `TokenSequence.facts`, and the values they have at padding.
+POSITION, ORIGIN, TARGET, QUERY, GROUP, ROW, COLUMN = range(7)
+BLANK = (0, -1, IGNORE_INDEX, 0, -1, -1, -1)
 
 
 @dataclass
 class TokenSequence:
     """Token-aligned tensors of a batch, all on one device.
 
-    hidden    [R, W, D]  hidden state
-    position  [R, W]     rotary position
-    origin    [R, W]     index of the token in its uncut sample, -1 = padding
-    cell      [R, W, 3]  (group, row, column) of a visual token; group -1 = text or padding
-    target    [R, W]     label of the NEXT token, shifted once before any cut; -100 = none
-    query     [R, W]     bool, rows whose attention ranks the visual tokens
-    extra                further token-aligned tensors [R, W, ...]
-    inputs                tensors [B, ...], one row a sample (`seed`)
-    layout               the host's integers
+    hidden  [R, W, D]  hidden state
+    facts   [R, W, 7]  long, one gather moves them all; read them through
+        position  rotary position
+        origin    index of the token in its uncut sample, -1 = padding
+        target    label of the NEXT token, shifted once before any cut; -100 = none
+        query     1 for rows whose attention ranks the visual tokens
+        cell      (group, row, column) of a visual token; group -1 = text or padding
+    extra              further token-aligned tensors [R, W, ...]
+    inputs             tensors [B, ...], one row a sample (`seed`)
+    layout             the host's integers
     """
 
     hidden: Tensor
-    position: Tensor
-    origin: Tensor
-    cell: Tensor
-    target: Tensor
-    query: Tensor
+    facts: Tensor
     extra: dict[str, Tensor]
     inputs: dict[str, Tensor]
     layout: Layout
+
+    @property
+    def position(self) -> Tensor:
+        return self.facts[..., POSITION]
+
+    @property
+    def origin(self) -> Tensor:
+        return self.facts[..., ORIGIN]
+
+    @property
+    def target(self) -> Tensor:
+        return self.facts[..., TARGET]
+
+    @property
+    def query(self) -> Tensor:
+        return self.facts[..., QUERY]
+
+    @property
+    def cell(self) -> Tensor:
+        return self.facts[..., GROUP:]
 
     @property
     def valid(self) -> Tensor | None:
@@ -221,26 +234,25 @@ class TokenSequence:
         """Each sample n times (beam search, num_return_sequences). Padded layouts only."""
         if self.layout.kind == "packed":
             raise ValueError("a packed sequence cannot be repeated for beams; accepted: padded")
-        out = self._map(
-            lambda tensor: tensor.repeat_interleave(n, 0),
-            lambda tensor: tensor.repeat_interleave(n, 0),
-        )
+
+        def repeat(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(n, 0)
+
+        out = self._map(repeat, repeat)
         out.layout = self.layout.repeat(n)
-        if self.layout.groups:
-            # A repeated sample has groups of its own: renumber them in the new order.
-            per_sample = [0] * len(self.layout.lengths)
-            for group in self.layout.groups:
-                per_sample[group.sample] += 1
-            shift, old_start, new_start = [], 0, 0
-            for count in per_sample:
-                for _ in range(n):
-                    shift.append(new_start - old_start)
-                    new_start += count
-                old_start += count
-            offset = torch.tensor(shift).to(out.cell.device, non_blocking=True)
-            group_RW = out.cell[..., 0]
-            moved = torch.where(group_RW >= 0, group_RW + offset[:, None], group_RW)
-            out.cell = torch.cat([moved[..., None], out.cell[..., 1:]], -1)
+        # A repeated sample has groups of its own: renumber them in the new order.
+        per_sample = [0] * len(self.layout.lengths)
+        for group in self.layout.groups:
+            per_sample[group.sample] += 1
+        shift, old_start, new_start = [], 0, 0
+        for count in per_sample:
+            for _ in range(n):
+                shift.append(new_start - old_start)
+                new_start += count
+            old_start += count
+        offset = torch.tensor(shift).to(out.facts.device, non_blocking=True)
+        group_RW = out.facts[..., GROUP]
+        out.facts[..., GROUP] = torch.where(group_RW >= 0, group_RW + offset[:, None], group_RW)
         return out
 
     def _map(
@@ -248,43 +260,28 @@ class TokenSequence:
     ) -> TokenSequence:
         return TokenSequence(
             hidden=tokens(self.hidden),
-            position=tokens(self.position),
-            origin=tokens(self.origin),
-            cell=tokens(self.cell),
-            target=tokens(self.target),
-            query=tokens(self.query),
+            facts=tokens(self.facts),
             extra={name: tokens(value) for name, value in self.extra.items()},
             inputs={name: samples(value) for name, value in self.inputs.items()},
             layout=self.layout,
         )
 
-    def group_table(self, starts_G: Tensor, counts_G: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Where the visual tokens of each group stand: flat indices [G, N] and validity [G, N].
+    def regroup(self, index: Tensor, layout: Layout) -> TokenSequence:
+        """Give the groups the numbers `index` [old groups] says (`Layout.coarsen`)."""
+        group_RW = self.facts[..., GROUP]
+        facts = self.facts.clone()
+        facts[..., GROUP] = torch.where(group_RW >= 0, index[group_RW.clamp_min(0)], -1)
+        return replace(self, facts=facts, layout=layout)
 
-        starts_G: visual tokens before the group in its row; counts_G: its size; width: N.
-        Works from `cell` alone, so groups need not be contiguous. No host read.
-        """
-        groups = counts_G.shape[0]
-        group_RW = self.cell[..., 0]
-        is_visual = group_RW >= 0
-        rank_RW = is_visual.cumsum(1) - 1
-        safe = group_RW.clamp_min(0)
-        if groups == 0:
-            empty = torch.zeros(0, width, dtype=torch.long, device=group_RW.device)
-            return empty, empty.bool()
-        slot = safe * width + rank_RW - starts_G[safe]
-        slot = torch.where(is_visual, slot, groups * width).flatten()
-        flat = torch.arange(slot.shape[0], device=slot.device)
-        table = torch.zeros(groups * width + 1, dtype=torch.long, device=slot.device)
-        table = table.scatter(0, slot, flat)[:-1].view(groups, width)
-        valid = torch.arange(width, device=slot.device) < counts_G[:, None]
-        return table, valid
+    def visual_order(self) -> Tensor:
+        """Flat indices of all visual tokens, sorted by group and then by place [visual tokens]."""
+        text = self.layout.rows * self.layout.width - sum(self.layout.visual)
+        return self.facts[..., GROUP].flatten().sort(stable=True).indices[text:]
 
     def keep(
         self,
-        table_GN: Tensor,
-        valid_GN: Tensor,
-        keep_GN: Tensor,
+        order_V: Tensor,
+        keep_V: Tensor,
         new_layout: Layout,
         bounds_B2: Tensor,
         *,
@@ -292,36 +289,56 @@ class TokenSequence:
     ) -> TokenSequence:
         """Drop the visual tokens that were not selected, in one static-shape gather.
 
-        table_GN, valid_GN: from `group_table`. keep_GN: bool, exactly the budgeted number a group.
+        order_V: `visual_order()`; keep_V: bool, which of those stay, as many as `new_layout` says.
         bounds_B2: `new_layout.bounds()` on the device. renumber: positions count 0 .. n-1 again;
         otherwise a token keeps the position it had. Text and the order of the tokens stay.
         """
-        rows, width = self.origin.shape
-        new_width = new_layout.width
-        keep_flat = (self.origin >= 0).flatten()
-        if table_GN.numel():
-            # Slots of a group that is smaller than N point nowhere: send them to a dump slot.
-            where = torch.where(valid_GN, table_GN, rows * width).flatten()
-            dumped = torch.cat([keep_flat, keep_flat.new_zeros(1)])
-            keep_flat = dumped.scatter(0, where, keep_GN.flatten())[:-1]
-        keep_RW = keep_flat.view(rows, width)
-        column = keep_RW.cumsum(1) - 1
-        if new_layout.kind == "left" and new_layout.is_padded:
-            column = column + bounds_B2[:, :1]
-        column = torch.where(keep_RW, column, new_width)
-        source = torch.zeros(rows, new_width + 1, dtype=torch.long, device=column.device)
-        arange = torch.arange(width, device=column.device).expand(rows, width)
-        source = source.scatter(1, column, arange)[:, :-1]
-        out = self._map(lambda tensor: gather_tokens(tensor, source), lambda tensor: tensor)
+        stays = (self.origin >= 0).flatten().scatter(0, order_V, keep_V)
+        out = self._take(stays.view(self.origin.shape), new_layout, bounds_B2)
+        if renumber:
+            out.facts[..., POSITION] = dense_positions(new_layout, bounds_B2)
+        return out
+
+    def relayout(self, kind: Kind) -> TokenSequence:
+        """The same padded batch with its padding on the other side."""
+        if self.layout.kind == kind:
+            return self
+        assert "packed" not in (self.layout.kind, kind)
+        moved = replace(self.layout, kind=kind)
+        if not self.layout.is_padded:
+            return replace(self, layout=moved)
+        bounds = torch.tensor(moved.bounds()).to(self.facts.device, non_blocking=True)
+        return self._take(self.origin >= 0, moved, bounds)
+
+    def _take(self, stays_RW: Tensor, new_layout: Layout, bounds_B2: Tensor) -> TokenSequence:
+        """Gather the tokens that stay; the number of each sample is known from `new_layout`.
+
+        A stable sort puts them next to each other in their order: behind everything else for
+        padding on the left, in front of it otherwise.
+        """
+        is_left = new_layout.kind == "left"
+        source = stays_RW.sort(dim=1, descending=not is_left, stable=True).indices
+        source = source[:, -new_layout.width :] if is_left else source[:, : new_layout.width]
+        rows, width = stays_RW.shape
+        if rows > 1:
+            source = source + torch.arange(0, rows * width, width, device=source.device)[:, None]
+        flat = source.flatten()
+
+        def gather(tensor: Tensor) -> Tensor:
+            taken = tensor.flatten(0, 1).index_select(0, flat)
+            return taken.view(*source.shape, *tensor.shape[2:])
+
+        out = self._map(gather, lambda tensor: tensor)
         out.layout = new_layout
         if new_layout.is_padded:
             out._blank_padding(bounds_B2)
-        if renumber:
-            out.position = dense_positions(new_layout, bounds_B2)
         return out
 
     def mixed(self, table_GN: Tensor, valid_GN: Tensor, mix_GNN: Tensor) -> TokenSequence:
-        """Replace the visual tokens of each group by ``mix @ tokens`` (merging methods)."""
+        """Replace the visual tokens of each group by ``mix @ tokens`` (merging methods).
+
+        table_GN: flat index of each token, valid_GN: whether there is one.
+        """
         rows, width, size = self.hidden.shape
         flat = self.hidden.flatten(0, 1)
         merged = mix_GNN.to(flat.dtype) @ flat[table_GN]
@@ -333,22 +350,10 @@ class TokenSequence:
     def _blank_padding(self, bounds_B2: Tensor) -> None:
         """Give the padding slots of a freshly gathered sequence their neutral values."""
         column = torch.arange(self.layout.width, device=bounds_B2.device) - bounds_B2[:, :1]
-        is_pad = (column < 0) | (column >= bounds_B2[:, 1:])
-        self.hidden = self.hidden.masked_fill(is_pad[..., None], 0)
-        for name, fill in _FILL.items():
-            tensor = getattr(self, name)
-            mask = is_pad[..., None] if tensor.dim() == 3 else is_pad
-            setattr(self, name, tensor.masked_fill(mask, fill))
-
-
-def gather_tokens(tensor: Tensor, source_RC: Tensor) -> Tensor:
-    """tensor [R, W, ...], source_RC [R, C] -> [R, C, ...]."""
-    if tensor.dim() == 2:
-        return tensor.gather(1, source_RC)
-    rows, width = tensor.shape[:2]
-    first = torch.arange(0, rows * width, width, device=tensor.device)
-    taken = tensor.flatten(0, 1).index_select(0, (source_RC + first[:, None]).flatten())
-    return taken.view(*source_RC.shape, *tensor.shape[2:])
+        is_pad = ((column < 0) | (column >= bounds_B2[:, 1:]))[..., None]
+        self.hidden = self.hidden.masked_fill(is_pad, 0)
+        blank = torch.tensor(BLANK).to(bounds_B2.device, non_blocking=True)
+        self.facts = torch.where(is_pad, blank, self.facts)
 
 
 def dense_positions(layout: Layout, bounds_B2: Tensor) -> Tensor:

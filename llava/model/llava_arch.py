@@ -23,7 +23,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_prep import Splice, embed_splice, picture_tokens, splice
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.staged_cache import StagedCache
-from llava.model.staged_decoder import CutTrace, Record, padding_side, relayout, text_sequence
+from llava.model.staged_decoder import CutTrace, Record, padding_side, text_sequence
 from llava.reduction.plan import StageFacts, resolve_plan
 from llava.sequence import Kind, TokenSequence
 
@@ -407,7 +407,7 @@ class LlavaMetaForCausalLM:
             sequence = self.build_sequence(
                 input_ids, attention_mask, None, images, image_sizes, kind="left"
             )
-        sequence = relayout(sequence, "left")
+        sequence = sequence.relayout("left")
         return super().generate(
             inputs_embeds=sequence.hidden,
             attention_mask=(sequence.origin >= 0).long(),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import check_image_marks, get_anyres_image_grid_shape, unpad_slices
-from llava.sequence import Group, Kind, Layout, TokenSequence
+from llava.sequence import BLANK, Group, Kind, Layout, TokenSequence
 
 NEWLINE = -1
 
@@ -134,7 +134,7 @@ def assign_pictures(marks: Sequence[int], pictures: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Splice:
-    """table [B, W, 8]: source row, position, origin, group, row, column, target, query.
+    """table [B, W, 8]: source row, then the facts of `TokenSequence`.
     labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample."""
 
     table: np.ndarray
@@ -224,7 +224,7 @@ def _pack(
         queries.append(int(query.sum()))
         targets.append(int(is_target.sum()))
         order = np.arange(len(label))
-        rows.append(np.column_stack([sample["source"], order, order, cell, target, query]))
+        rows.append(np.column_stack([sample["source"], order, order, target, query, cell]))
     groups = [
         Group(group.sample, group.image, group.count, group.original, protected[index])
         for index, group in enumerate(groups)
@@ -232,8 +232,7 @@ def _pack(
     layout = Layout(
         lengths, tuple(groups), tuple(queries), kind, tuple(targets) if supervised else ()
     )
-    blank = np.array([zero, 0, -1, -1, -1, -1, IGNORE_INDEX, 0])
-    table = np.tile(blank, (layout.rows, layout.width, 1))
+    table = np.tile([zero, *BLANK], (layout.rows, layout.width, 1))
     all_labels = np.full((layout.rows, layout.width), IGNORE_INDEX)
     for index, (start, length) in enumerate(layout.bounds()):
         row = 0 if kind == "packed" else index
@@ -264,11 +263,7 @@ def embed_splice(
     hidden = torch.cat(parts).index_select(0, table[..., 0].flatten())
     return TokenSequence(
         hidden=hidden.view(*table.shape[:2], size),
-        position=table[..., 1],
-        origin=table[..., 2],
-        cell=table[..., 3:6],
-        target=table[..., 6],
-        query=table[..., 7].bool(),
+        facts=table[..., 1:],
         extra={},
         inputs={"seed": torch.tensor(plan.seeds).to(device, non_blocking=True)},
         layout=plan.layout,

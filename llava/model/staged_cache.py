@@ -52,8 +52,9 @@ class StagedCache(DynamicCache):
 
     def __init__(self, config: Any, offloading: bool = False) -> None:
         super().__init__(config=config, offloading=offloading)
-        layers: list[Any] = self.layers
-        self.layers = [PrefillLayer() if type(each) is DynamicLayer else each for each in layers]
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = PrefillLayer()
         self.stages: list[StageRecord] = []
 
     def open(self, start: int, stop: int, sequence: TokenSequence) -> None:

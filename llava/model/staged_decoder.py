@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -36,7 +37,19 @@ from llava.constants import IGNORE_INDEX
 from llava.model.staged_cache import StagedCache
 from llava.reduction.base import Signal, View
 from llava.reduction.plan import Cut, ReductionPlan, StageFacts
-from llava.sequence import Kind, Layout, TokenSequence, dense_positions
+from llava.sequence import (
+    BLANK,
+    GROUP,
+    ORIGIN,
+    POSITION,
+    QUERY,
+    ROW,
+    TARGET,
+    Kind,
+    Layout,
+    TokenSequence,
+    dense_positions,
+)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -164,10 +177,10 @@ class StagedModelMixin:
         if cache is not None:
             if caller_kind == "packed":
                 raise ValueError("a packed batch cannot fill a cache; accepted: padded batches")
-            sequence = relayout(sequence, "left")
+            sequence = sequence.relayout("left")
         sequence = replace(sequence)  # the caller's object stays as it is
         stages = plan.schedule(sequence.layout, len(self.layers))
-        facts = upload_facts(stages, sequence.origin.device)
+        facts = upload_facts(stages, sequence.facts.device)
         rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
         measured: dict[Signal, Tensor] = {}
         for number, stage in enumerate(stages):
@@ -201,11 +214,11 @@ class StagedModelMixin:
                     **kwargs,
                 )
             sequence.hidden = hidden
-            if hidden.device != sequence.origin.device:
+            if hidden.device != sequence.facts.device:
                 sequence = sequence.to(hidden.device)
                 rotary = tuple(table.to(hidden.device) for table in rotary)
         if sequence.layout.kind != caller_kind:
-            sequence = relayout(sequence, caller_kind)
+            sequence = sequence.relayout(caller_kind)
         sequence.hidden = self.norm(sequence.hidden)
         record.sequence, record.stages = sequence, stages
         return sequence.hidden
@@ -226,49 +239,41 @@ class StagedModelMixin:
         assert cut is not None
         assert before is not None
         facts = facts.to(sequence.hidden.device)
-        if stage.regroup and len(stage.regroup) != len(before.groups):
-            group_RW = sequence.cell[..., 0]
-            joined = torch.where(group_RW >= 0, facts.regroup[group_RW.clamp_min(0)], -1)
-            sequence.cell = torch.cat([joined[..., None], sequence.cell[..., 1:]], -1)
+        if len(stage.regroup) != len(before.groups):
+            sequence = sequence.regroup(facts.regroup, before)
         tokens = {**measured, **self._measure(cut, 0, sequence, rotary)}
-        with torch.no_grad():
-            width = max((group.count for group in before.groups), default=0)
-            table_GN, valid_GN = sequence.group_table(facts.starts, facts.counts, width)
-
-            def pick(tensor_RW: Tensor) -> Tensor:
-                return tensor_RW.flatten(0, 1)[table_GN]
-
-            origin_GN = pick(sequence.origin)
-            mix = None
-            if record.replay:
-                selection_keep, score = record.replay[len(record.cuts)], None
-            else:
-                protected = torch.zeros_like(valid_GN)
-                if any(group.protected for group in before.groups):
-                    protected = (pick(sequence.target) != IGNORE_INDEX) & valid_GN
-                view = View(
-                    valid=valid_GN,
-                    protected=protected,
-                    cell=pick(sequence.cell)[..., 1:],
-                    origin=origin_GN,
-                    seed=sequence.inputs["seed"][facts.samples],
-                    count=facts.counts,
-                    budget=facts.budgets,
-                    max_budget=max(stage.budgets, default=0),
-                    signals={signal: pick(value) for signal, value in tokens.items()},
-                )
+        order_V = sequence.visual_order()
+        table_GN, valid_GN = order_V[facts.slots], facts.slots >= 0
+        facts_GNF = sequence.facts.flatten(0, 1)[table_GN]
+        mix = score = None
+        if record.replay:
+            keep_GN = record.replay[len(record.cuts)]
+        else:
+            protected = torch.zeros_like(valid_GN)
+            if any(group.protected for group in before.groups):
+                protected = (facts_GNF[..., TARGET] != IGNORE_INDEX) & valid_GN
+            view = View(
+                valid=valid_GN,
+                protected=protected,
+                cell=facts_GNF[..., ROW:],
+                origin=facts_GNF[..., ORIGIN],
+                seed=sequence.inputs["seed"][facts.samples],
+                count=facts.counts,
+                budget=facts.budgets,
+                max_budget=max(stage.budgets, default=0),
+                signals={signal: each.flatten(0, 1)[table_GN] for signal, each in tokens.items()},
+            )
+            with torch.no_grad():
                 selection = cut.reducer.select(view)
-                selection_keep, score, mix = selection.keep, selection.score, selection.mix
-            if record.trace or record.replay:
-                record.cuts.append(
-                    CutTrace(cut.at, before, valid_GN, origin_GN, selection_keep, score)
-                )
+            keep_GN, score, mix = selection.keep, selection.score, selection.mix
+        if record.trace or record.replay:
+            origin_GN = facts_GNF[..., ORIGIN]
+            record.cuts.append(CutTrace(cut.at, before, valid_GN, origin_GN, keep_GN, score))
         if mix is not None:
             sequence = sequence.mixed(table_GN, valid_GN, mix)
         return sequence.keep(
-            table_GN,
-            valid_GN,
-            selection_keep,
+            order_V,
+            keep_GN.flatten()[facts.inverse],
             stage.layout,
             facts.bounds,
             renumber=plan.positions == "renumber",
@@ -306,21 +311,28 @@ class StagedModelMixin:
         window = None
         if attention_kind(self.config, index) == SLIDING:
             window = self.config.sliding_window
-        rows_SQ, rows_valid_SQ, keys_SL, keys_valid_SL = scoring_tables(sequence)
-        visual = (sequence.cell[..., 0] >= 0).flatten()[keys_SL]
-        allowed_SL = keys_valid_SL & visual if signal.over == "visual" else keys_valid_SL
+        tables = scoring_tables(sequence)
+        allowed_SL = tables.keys_valid
+        if signal.over == "visual":
+            visual = sequence.facts[..., GROUP] >= 0
+            visual = visual if tables.keys is None else visual.flatten()[tables.keys]
+            allowed_SL = visual if allowed_SL is None else allowed_SL & visual
         via = partial(layer_attention, norm=signal.norm, rope=signal.rope, window=window)
-        _, mass_SHL = layer(hidden, *rotary, rows_SQ, rows_valid_SQ, keys_SL, allowed_SL, via=via)
-        mass_SHL = mass_SHL.to(hidden.device)
-        if not signal.heads:
-            mass_SHL = mass_SHL.mean(1, keepdim=True)
-        # Back from samples x keys to rows x columns; slots that are no key go to a dump slot.
-        total = sequence.origin.numel()
-        where = torch.where(keys_valid_SL, keys_SL, total).flatten()
-        flat = mass_SHL.new_zeros(total + 1, mass_SHL.shape[1])
-        flat = flat.index_copy(0, where, mass_SHL.transpose(1, 2).flatten(0, 1))[:-1]
-        mass_RWH = flat.view(*sequence.origin.shape, -1)
-        return mass_RWH if signal.heads else mass_RWH[..., 0]
+        _, mass_SLH = layer(
+            hidden,
+            *rotary,
+            tables.rows,
+            tables.columns,
+            tables.weight,
+            tables.keys,
+            allowed_SL,
+            via=via,
+        )
+        mass_SLH = mass_SLH.to(hidden.device)
+        mass = mass_SLH if signal.heads else mass_SLH.mean(-1)
+        if tables.keys is None:
+            return mass
+        return mass.flatten(0, 1)[tables.place][None]
 
     def _decode(self, hidden: Tensor, cache: StagedCache, kwargs: dict[str, Any]) -> Tensor:
         """Text tokens [B, q, D] on a filled cache: each is attended to in the layers it reached."""
@@ -360,43 +372,50 @@ def layer_attention(
     cos: Tensor,
     sin: Tensor,
     rows_SQ: Tensor,
-    rows_valid_SQ: Tensor,
-    keys_SL: Tensor,
-    allowed_SL: Tensor,
+    columns_SQ: Tensor,
+    weight_SQ: Tensor | None,
+    keys_SL: Tensor | None,
+    allowed_SL: Tensor | None,
     *,
     norm: bool,
     rope: bool,
     window: int | None,
 ) -> tuple[None, Tensor]:
-    """Probability mass [S, H, L] that the scoring rows put on the keys, mean over the rows.
+    """Probability mass [S, L, H] that the scoring rows put on the keys, mean over the rows.
 
-    Only the scoring rows are projected to queries and no L x L map is made, so fast kernels stay on
-    for the layers themselves. rows_SQ, keys_SL: flat token indices. Softmax in float32.
+    rows_SQ: flat indices of the scoring rows; columns_SQ: their place among the keys of their
+    sample; weight_SQ: weight of each row, None = one row a sample. keys_SL: flat indices of the
+    keys (packed), None = a row is a sample. allowed_SL: keys that count, None = all. Only the
+    scoring rows are projected to queries and no L x L map is made, so fast kernels stay on for the
+    layers themselves. Softmax in float32.
     """
     attention = layer.self_attn
     x_RWD = layer.input_layernorm(hidden_RWD) if norm else hidden_RWD
-    flat = x_RWD.flatten(0, 1)
-    query = _project(attention, "q", flat[rows_SQ])
+    query = _project(attention, "q", x_RWD.flatten(0, 1)[rows_SQ])
     key = _project(attention, "k", x_RWD)
     if rope:
         cos, sin = (table.expand(*x_RWD.shape[:2], -1) for table in (cos, sin))
         key = key * cos[:, :, None] + rotate_half(key) * sin[:, :, None]
         cos, sin = (table.flatten(0, 1)[rows_SQ][:, :, None] for table in (cos, sin))
         query = query * cos + rotate_half(query) * sin
-    if keys_SL.shape != key.shape[:2]:  # packed: gather the keys of each sample
+    if keys_SL is not None:
         key = key.flatten(0, 1)[keys_SL]
-    samples, count, heads, dim = query.shape
+    samples, rows, heads, dim = query.shape
     kv_heads = key.shape[2]
-    query = query.view(samples, count, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
+    query = query.view(samples, rows, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
     logits = query.flatten(2, 3) @ key.permute(0, 2, 3, 1)
-    logits = logits.view(samples, heads, count, -1).float() * attention.scaling
-    visible = allowed_SL[:, None] & (keys_SL[:, None] <= rows_SQ[..., None])
+    logits = logits.view(samples, heads, rows, -1).float() * attention.scaling
+    column = torch.arange(logits.shape[-1], device=logits.device)
+    unseen = column > columns_SQ[..., None]
     if window is not None:
-        visible = visible & (keys_SL[:, None] > rows_SQ[..., None] - window)
-    logits = logits.masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
-    weight = rows_valid_SQ / rows_valid_SQ.sum(1, keepdim=True).clamp_min(1)
-    mass = (logits.softmax(-1) * weight[:, None, :, None]).sum(2)
-    return None, mass
+        unseen = unseen | (column <= columns_SQ[..., None] - window)
+    if allowed_SL is not None:
+        unseen = unseen | ~allowed_SL[:, None]
+    logits = logits.masked_fill(unseen[:, None], torch.finfo(torch.float32).min)
+    mass = logits.softmax(-1)
+    if weight_SQ is None:
+        return None, mass[:, :, 0].transpose(1, 2)
+    return None, (mass * weight_SQ[:, None, :, None]).sum(2).transpose(1, 2)
 
 
 def _project(attention: Any, name: str, x: Tensor) -> Tensor:
@@ -426,10 +445,15 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 
 @dataclass
 class CutFacts:
-    """The integers of one cut on the device: starts, counts, budgets, samples [G]; regroup [old G];
-    bounds [B, 2]."""
+    """The integers of one cut on the device.
 
-    starts: Tensor
+    slots [G, N]: which of the visual tokens, sorted by group, is token n of group g (-1: none).
+    inverse [V]: place of each visual token in `slots` flattened. counts, budgets, samples [G].
+    regroup [old G]: new number of each group. bounds [B, 2]: of the layout behind the cut.
+    """
+
+    slots: Tensor
+    inverse: Tensor
     counts: Tensor
     budgets: Tensor
     samples: Tensor
@@ -437,61 +461,74 @@ class CutFacts:
     bounds: Tensor
 
     def to(self, device: torch.device) -> CutFacts:
-        if self.starts.device == device:
+        if self.slots.device == device:
             return self
-        return CutFacts(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return CutFacts(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
 def upload_facts(stages: Sequence[StageFacts], device: torch.device) -> tuple[CutFacts, ...]:
-    """The integers of all cuts, in one copy to the device. Entry 0 (no cut) is empty."""
-    parts: list[list[int]] = []
+    """The integers of all cuts, in one copy to the device. Entry 0 (no cut) has no group."""
+    arrays: list[np.ndarray] = []
     for stage in stages:
-        groups = stage.before.groups if stage.before is not None else ()
-        starts = stage.before.group_starts() if stage.before is not None else ()
-        bounds = [value for pair in stage.layout.bounds() for value in pair]
-        parts += [
-            list(starts),
-            [group.count for group in groups],
-            list(stage.budgets) if stage.cut is not None else [],
-            [group.sample for group in groups],
-            list(stage.regroup),
-            bounds,
+        before = stage.before or replace(stage.layout, groups=())
+        slots = before.slots()
+        arrays += [
+            slots,
+            np.flatnonzero(slots >= 0),
+            np.array([group.count for group in before.groups], dtype=np.int64),
+            np.array(stage.budgets if stage.before else (), dtype=np.int64),
+            np.array([group.sample for group in before.groups], dtype=np.int64),
+            np.array(stage.regroup, dtype=np.int64),
+            np.array(stage.layout.bounds(), dtype=np.int64),
         ]
-    flat = torch.tensor([value for part in parts for value in part], dtype=torch.long)
-    split = flat.to(device, non_blocking=True).split([len(part) for part in parts])
-    return tuple(
-        CutFacts(*split[i : i + 5], bounds=split[i + 5].view(-1, 2))  # type: ignore[misc]
-        for i in range(0, len(split), 6)
-    )
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    shaped = [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    return tuple(CutFacts(*shaped[i : i + 7]) for i in range(0, len(shaped), 7))
 
 
-def scoring_tables(sequence: TokenSequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Flat indices and validity of the scoring rows [S, Q] and the keys [S, L] of each sample."""
-    layout, device = sequence.layout, sequence.origin.device
-    rows, width = sequence.origin.shape
-    samples, most = len(layout.lengths), max(max(layout.queries, default=0), 1)
-    flat = torch.arange(rows * width, device=device).view(rows, width)
+@dataclass
+class ScoringTables:
+    """rows [S, Q]: flat indices of the scoring rows. columns [S, Q]: their place among the keys of
+    their sample. weight [S, Q]: 1/n for the n rows of a sample, 0 for filling; None when Q is 1.
+    keys [S, L]: flat indices of the keys and place [T]: where each token is among them; None when a
+    row is a sample. keys_valid [S, L]: None when all keys are real."""
+
+    rows: Tensor
+    columns: Tensor
+    weight: Tensor | None
+    keys: Tensor | None
+    place: Tensor | None
+    keys_valid: Tensor | None
+
+
+def scoring_tables(sequence: TokenSequence) -> ScoringTables:
+    """Where the scoring rows and the keys of each sample stand.
+
+    A sample without a scoring row (text without supervision) gets row 0: every rank then makes the
+    same calls, and no cut uses the result.
+    """
+    layout, device = sequence.layout, sequence.facts.device
+    most = max(max(layout.queries, default=0), 1)
+    query, keys, place, keys_valid = sequence.query, None, None, sequence.valid
     if layout.kind == "packed":
-        bounds = torch.tensor(layout.bounds()).to(device, non_blocking=True)
-        starts, lengths = bounds[:, :1], bounds[:, 1:]
-        step = torch.arange(max(layout.lengths), device=device)
-        keys_valid = step < lengths
-        keys = torch.where(keys_valid, starts + step, 0)
-        sample = torch.arange(samples, device=device)
-        sample = sample.repeat_interleave(lengths[:, 0], output_size=width)[None]
-        before = torch.tensor([0, *layout.queries]).cumsum(0)[:-1].to(device, non_blocking=True)
+        table = np.full((len(layout.lengths), max(layout.lengths)), -1)
+        for sample, (start, length) in enumerate(layout.bounds()):
+            table[sample, :length] = np.arange(start, start + length)
+        place = torch.from_numpy(np.flatnonzero(table >= 0)).to(device, non_blocking=True)
+        keys = torch.from_numpy(table).to(device, non_blocking=True)
+        keys_valid, keys = keys >= 0, keys.clamp_min(0)
+        query = query.flatten()[keys] * keys_valid
+    # A stable sort puts the scoring rows in front, in their order.
+    flags, columns = query.sort(dim=1, descending=True, stable=True)
+    flags, columns = flags[:, :most], columns[:, :most]
+    if keys is None:
+        width = layout.width
+        rows = columns + torch.arange(0, query.numel(), width, device=device)[:, None]
     else:
-        keys = flat
-        keys_valid = sequence.origin >= 0
-        sample = torch.arange(samples, device=device)[:, None].expand(rows, width)
-        before = torch.zeros(samples, dtype=torch.long, device=device)
-    rank = sequence.query.cumsum(1) - 1 - before[sample]
-    slot = torch.where(sequence.query, sample * most + rank, samples * most)
-    table = torch.zeros(samples * most + 1, dtype=torch.long, device=device)
-    table = table.scatter(0, slot.flatten(), flat.flatten())[:-1].view(samples, most)
-    queries = torch.tensor(layout.queries).to(device, non_blocking=True)
-    valid = torch.arange(most, device=device) < queries[:, None]
-    return table, valid, keys, keys_valid
+        rows = keys.gather(1, columns)
+    weight = None if most == 1 else flags / flags.sum(1, keepdim=True).clamp_min(1)
+    return ScoringTables(rows, columns, weight, keys, place, keys_valid)
 
 
 @dataclass
@@ -591,20 +628,6 @@ def _attend_packed(config: Any, sequence: TokenSequence, layers: range) -> Atten
     return AttendContext(masks, {})
 
 
-def relayout(sequence: TokenSequence, kind: Kind) -> TokenSequence:
-    """The same padded batch with its padding on the other side."""
-    layout = sequence.layout
-    if layout.kind == kind:
-        return sequence
-    assert "packed" not in (layout.kind, kind)
-    moved = replace(layout, kind=kind)
-    if not layout.is_padded:
-        return replace(sequence, layout=moved)
-    bounds = torch.tensor(moved.bounds()).to(sequence.origin.device, non_blocking=True)
-    nothing = torch.zeros(0, 0, dtype=torch.long, device=sequence.origin.device)
-    return sequence.keep(nothing, nothing.bool(), nothing.bool(), moved, bounds, renumber=False)
-
-
 def text_sequence(
     hidden_BLD: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None
 ) -> TokenSequence:
@@ -630,13 +653,14 @@ def text_sequence(
     position = dense_positions(layout, bounds)
     column = torch.arange(width, device=device) - bounds[:, :1]
     valid = (column >= 0) & (column < bounds[:, 1:])
+    facts = torch.tensor(BLANK).to(device, non_blocking=True).repeat(batch, width, 1)
+    facts[..., POSITION] = position
+    facts[..., ORIGIN] = torch.where(valid, position, -1)
+    facts[..., TARGET] = target
+    facts[..., QUERY] = column == bounds[:, 1:] - 1
     return TokenSequence(
         hidden=hidden_BLD,
-        position=position,
-        origin=torch.where(valid, position, -1),
-        cell=torch.full((batch, width, 3), -1, device=device),
-        target=target,
-        query=column == bounds[:, 1:] - 1,
+        facts=facts,
         extra={},
         inputs={"seed": torch.zeros(batch, dtype=torch.long, device=device)},
         layout=layout,

@@ -81,8 +81,8 @@ class Selection:
 class Reducer(Protocol):
     """A method. `name` is its key in `llava.reduction.REDUCERS`."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...
     @property
     def signals(self) -> tuple[Signal, ...]: ...
     @property

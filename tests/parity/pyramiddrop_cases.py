@@ -93,7 +93,7 @@ def check_cuts(check: Check, output: LlavaOutput, sample: int, prefix: str, expe
     kept = kept_origins(output, sample)
     before = torch.arange(output.stages[0].lengths[sample])
     final = output.sequence
-    row_query = final.query[sample] & (final.origin[sample] >= 0)
+    row_query = (final.query[sample] > 0) & (final.origin[sample] >= 0)
     query_origin = final.origin[sample][row_query]
     for number, cut in enumerate(output.trace):
         name = f"{prefix}stage{number}_"
