@@ -324,7 +324,8 @@ class LlavaMetaForCausalLM:
                 )
             else:
                 sequence = text_sequence(inputs_embeds, attention_mask, labels)
-        if use_cache is None and self.training:
+        packed = sequence is not None and sequence.layout.kind == "packed"
+        if use_cache is None and (self.training or packed):
             use_cache = False
         outputs = self.model(
             input_ids=input_ids if decoding else None,

@@ -190,6 +190,8 @@ class StagedModelMixin:
                     sequence, stage, facts[number], rotary, measured, plan, record
                 )
                 rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
+            if stage.start == stage.stop:  # a cut before the LLM: no layer sees the uncut sequence
+                continue
             if cache is not None:
                 cache.open(stage.start, stage.stop, sequence)
             context = attend(self.config, sequence, cache, stage)

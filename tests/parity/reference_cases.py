@@ -2,9 +2,10 @@
 
     python tests/parity/reference_cases.py DIR...
 
-Walks folders laid out like `<method>/<case>/{meta.json, config.json, ...}`, runs every case on every backend that applies, prints one line a case with the largest deviation, and
-exits 1 if a case fails or if nothing was run. Names that start with "_" and files that are no case
-are skipped. A folder of a method that the package does not have is reported as such and fails.
+Walks folders laid out like `<method>/<case>/{meta.json, config.json, ...}`, runs every case on
+every backend that applies, prints one line a case with the largest deviation, and exits 1 if a case
+fails or if nothing was run. Names that start with "_" and files that are no case are skipped. A
+folder of a method that the package does not have is reported as such and fails.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""Recorded runs of the original implementations: the stored selection, and all if present."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import reference_cases
+from conftest import DATA, reference_root
+from safetensors.torch import load_file, save_file
+
+CASE = DATA / "pyramiddrop" / "b_infer_b1_sdpa"
+
+
+def failures(folder: Path) -> list[str]:
+    lines = list(reference_cases.run([folder]))
+    assert lines, f"nothing was run in {folder}"
+    return [line for good, line in lines if not good]
+
+
+def test_stored_cases():
+    assert failures(DATA / "pyramiddrop") == []
+
+
+@pytest.mark.skipif(reference_root() is None, reason="no folder of recorded cases")
+def test_all_recorded_cases():
+    root = reference_root()
+    assert root is not None
+    assert failures(root / "pyramiddrop") == []
+
+
+def copy_case(tmp_path: Path) -> Path:
+    root = tmp_path / "pyramiddrop"
+    shutil.copytree(CASE, root / CASE.name)
+    shutil.copytree(CASE.parent / "_weights" / "mha16", root / "_weights" / "mha16")
+    return root
+
+
+def test_a_changed_float_fails(tmp_path, capsys):
+    root = copy_case(tmp_path)
+    file = root / CASE.name / "expected.safetensors"
+    tensors = load_file(file)
+    tensors["prefill_logits"][0, 0, 0] += 0.01
+    save_file(tensors, file)
+    assert reference_cases.main([str(root)]) == 1
+    assert "prefill_logits: differs by 0.01" in capsys.readouterr().out
+
+
+def test_a_changed_integer_fails(tmp_path):
+    root = copy_case(tmp_path)
+    file = root / CASE.name / "expected.safetensors"
+    tensors = load_file(file)
+    tensors["stage1_kept_abs"][7] += 1
+    save_file(tensors, file)
+    assert reference_cases.main([str(root)]) == 1
+
+
+def test_missing_weights_are_a_failed_case(tmp_path, capsys):
+    root = copy_case(tmp_path)
+    shutil.rmtree(root / "_weights")
+    assert reference_cases.main([str(root)]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_exit_status(tmp_path, capsys):
+    assert reference_cases.main([str(tmp_path)]) == 1
+    assert "no recorded case" in capsys.readouterr().err
+    assert reference_cases.main([str(tmp_path / "absent")]) == 1
+    unknown = tmp_path / "fastv" / "case"
+    unknown.mkdir(parents=True)
+    for name in ("config.json", "inputs.safetensors", "expected.safetensors"):
+        (unknown / name).write_text("{}")
+    (unknown / "meta.json").write_text('{"K": 2}')
+    assert reference_cases.main([str(tmp_path / "fastv")]) == 1
+    assert "'fastv' is not in this package" in capsys.readouterr().out
+
+
+def test_underscored_folders_are_skipped(tmp_path):
+    root = copy_case(tmp_path)
+    (root / CASE.name).rename(root / f"_{CASE.name}")
+    assert reference_cases.main([str(root)]) == 1

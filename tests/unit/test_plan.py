@@ -1,0 +1,196 @@
+"""Plans: what is accepted, what is refused and how, round trips, schedules."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from llava.reduction import (
+    Cut,
+    PyramidDrop,
+    Random,
+    ReductionPlan,
+    Signal,
+    Uniform,
+    plan_from_flags,
+    resolve_plan,
+)
+from llava.sequence import Group, Layout
+
+PAPER = ReductionPlan.pyramid([8, 16, 24], [0.5, 0.25, 0.125])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ReductionPlan(),
+        PAPER,
+        ReductionPlan.pyramid([1], [0.0], positions="original", rope=False),
+        ReductionPlan.parse("random:layers=[0,4];ratios=[0.9,0.1];seed=3"),
+        ReductionPlan((Cut(0, Uniform(0.5)), Cut(3, PyramidDrop(0.25, per="sample")))),
+    ],
+)
+def test_round_trips(plan, tmp_path):
+    assert ReductionPlan.parse(str(plan)) == plan
+    assert ReductionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan.to_dict()))
+    assert ReductionPlan.parse(str(file)) == plan
+    assert ReductionPlan.parse(plan) is plan
+
+
+def test_the_flags_of_pyramiddrop_and_the_spelling_of_a_plan_agree():
+    flags = plan_from_flags(None, "[8,16,24]", "[0.5,0.25,0.125]")
+    text = plan_from_flags("pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]")
+    assert flags == text == PAPER
+    assert plan_from_flags(None) is None
+    assert plan_from_flags("none") == ReductionPlan()
+
+
+@pytest.mark.parametrize(
+    ("layers", "ratios", "named"),
+    [
+        ("[16,8]", "[0.5,0.25]", "[16, 8]"),
+        ("[8,8]", "[0.5,0.25]", "[8, 8]"),
+        ("[0,8]", "[0.5,0.25]", "from 1"),
+        ("[-1]", "[0.5]", "[-1]"),
+        ("[8,16]", "[0.25,0.5]", "rises"),
+        ("[8,16]", "[0.5]", "1"),
+        ("[8]", "[0.5,0.25]", "2"),
+        ("[8]", "[1.5]", "1.5"),
+        ("[8]", "[-0.1]", "-0.1"),
+        ("[8.0]", "[0.5]", "8.0"),
+        ("[True]", "[0.5]", "True"),
+        ("8", "[0.5]", "8"),
+        ("[8", "[0.5]", "[8"),
+        ("__import__('os').getcwd()", "[0.5]", "__import__"),
+        ("[8]", "['a']", "'a'"),
+        ("[8]", None, "None"),
+    ],
+)
+def test_bad_lists_are_named(layers, ratios, named):
+    with pytest.raises(ValueError, match=".") as caught:
+        ReductionPlan.pyramid(layers, ratios)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("fastvv:k=2", "pyramiddrop, random, uniform"),
+        ("pyramiddrop:layers=[8]", "ratios"),
+        ("random:layers=[8],ratios=[0.5],sed=1", "sed"),
+        ("random:layers=[8],ratios=[0.5],seed=-1", "-1"),
+        ("random:layers=[8],layers=[9],ratios=[0.5]", "twice"),
+        ("random:layers", "key=value"),
+        ("uniform:layers=[8],ratios=[0.5],per=tile", "tile"),
+        ("uniform:layers=[8],ratios=[0.5],positions=kept", "kept"),
+        ("absent.json", "does not exist"),
+        ("{not json", "JSON"),
+    ],
+)
+def test_bad_text_is_named(text, named):
+    with pytest.raises(ValueError, match=".") as caught:
+        ReductionPlan.parse(text)
+    assert named in str(caught.value)
+
+
+def test_bad_dicts_and_types_are_named(tmp_path):
+    for value in (3, ["a"], {"cut": []}, {"cuts": "x"}, {"cuts": [{"at": 2}]}, {"cuts": [4]}):
+        with pytest.raises(ValueError, match=r"accepted|needed"):
+            ReductionPlan.parse(value)
+    with pytest.raises(ValueError, match="ratio"):
+        ReductionPlan.parse({"cuts": [{"at": 2, "method": "random"}]})
+    file = tmp_path / "list.json"
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match="object"):
+        ReductionPlan.parse(str(file))
+
+
+def test_flags_that_contradict_each_other():
+    with pytest.raises(ValueError, match="exclude"):
+        plan_from_flags("none", "[8]", "[0.5]")
+    with pytest.raises(ValueError, match="belong together"):
+        plan_from_flags(None, "[8]", None)
+
+
+def test_a_cut_behind_the_last_layer_is_refused_when_the_depth_is_known():
+    PAPER.validate(25)
+    with pytest.raises(ValueError, match="layer 24 does not fit a model of 24 layers"):
+        PAPER.validate(24)
+
+
+def test_later_cuts_may_only_get_coarser():
+    ReductionPlan((Cut(2, Random(0.5)), Cut(4, Random(0.2, per="sample"))))
+    with pytest.raises(ValueError, match="coarser"):
+        ReductionPlan((Cut(2, Random(0.5, per="sample")), Cut(4, Random(0.2))))
+
+
+def test_a_measurement_in_front_of_the_first_layer_is_refused():
+    class Before(Uniform):
+        signals = (Signal("attention", offset=-1),)
+
+    Cut(1, Before(0.5))
+    with pytest.raises(ValueError, match="layer -1"):
+        Cut(0, Before(0.5))
+
+
+def test_schedule_counts_every_stage():
+    stages = PAPER.schedule(Layout.simple(40, 576, 20, batch=2), 32)
+    assert [(s.start, s.stop) for s in stages] == [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert [s.visual for s in stages] == [(576,) * 2, (288,) * 2, (144,) * 2, (72,) * 2]
+    assert [s.lengths[0] for s in stages] == [636, 348, 204, 132]
+
+
+def test_schedule_counts_pictures_or_samples_and_truncates():
+    groups = (Group(0, 0, 10, 10), Group(0, 1, 7, 7), Group(2, 0, 5, 5))
+    layout = Layout((27, 6, 9), groups, (1, 1, 1))
+    by_image = ReductionPlan.parse("uniform:layers=[1,2],ratios=[0.5,0.3]").schedule(layout, 4)
+    assert [s.visual for s in by_image] == [(17, 0, 5), (8, 0, 2), (5, 0, 1)]
+    text = "uniform:layers=[1,2],ratios=[0.5,0.3],per=sample"
+    by_sample = ReductionPlan.parse(text).schedule(layout, 4)
+    assert [s.visual for s in by_sample] == [(17, 0, 5), (8, 0, 2), (5, 0, 1)]
+    assert by_sample[1].regroup == (0, 0, 1)
+    assert [s.lengths for s in by_image] == [(27, 6, 9), (18, 6, 6), (15, 6, 5)]
+
+
+def test_protected_tokens_and_samples_without_a_scoring_row_stay():
+    groups = (Group(0, 0, 8, 8, protected=1), Group(1, 0, 8, 8))
+    layout = Layout((12, 12), groups, (1, 0))
+    reads_text = ReductionPlan.pyramid([1], [0.0]).schedule(layout, 2)
+    assert reads_text[1].visual == (1, 8)
+    without = ReductionPlan.parse("random:layers=[1],ratios=[0.0]").schedule(layout, 2)
+    assert without[1].visual == (1, 0)
+
+
+def test_shared_depth_is_the_first_cut_that_reads_the_question():
+    assert ReductionPlan().shared_depth(32) == 32
+    assert PAPER.shared_depth(32) == 8
+    mixed = ReductionPlan((Cut(2, Random(0.5)), Cut(5, PyramidDrop(0.2))))
+    assert mixed.shared_depth(32) == 5
+
+
+def test_which_plan_wins():
+    stored = SimpleNamespace(visual_token_reduction=PAPER.to_dict())
+    assert resolve_plan(None, None) == (ReductionPlan(), "default")
+    assert resolve_plan(None, stored) == (PAPER, "checkpoint")
+    assert resolve_plan("none", stored) == (ReductionPlan(), "flag")
+
+
+def test_cuts_may_not_lie_inside_a_layer_program():
+    class Program:
+        first_free = 4
+
+        def prepare(self, sequence):
+            return {}
+
+        def layer(self, index):
+            return None
+
+    ReductionPlan((Cut(0, Random(0.5)), Cut(4, Random(0.2))), program=Program())
+    with pytest.raises(ValueError, match="inside"):
+        ReductionPlan((Cut(2, Random(0.5)),), program=Program())
+    with pytest.raises(ValueError, match="JSON"):
+        ReductionPlan(program=Program()).to_dict()
