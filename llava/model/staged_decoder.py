@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from llava.constants import IGNORE_INDEX
 from llava.model.staged_cache import StagedCache
 from llava.reduction.base import Signal, View
-from llava.reduction.plan import Cut, ReductionPlan, StageFacts
+from llava.reduction.plan import Cut, LayerProgram, ReductionPlan, StageFacts
 from llava.sequence import (
     BLANK,
     GROUP,
@@ -194,27 +194,10 @@ class StagedModelMixin:
                 continue
             if cache is not None:
                 cache.open(stage.start, stage.stop, sequence)
-            context = attend(self.config, sequence, cache, stage)
-            prepared = plan.program.prepare(sequence) if plan.program is not None else None
-            following = stages[number + 1] if number + 1 < len(stages) else None
-            hidden = sequence.hidden
-            for index in range(stage.start, stage.stop):
-                if following is not None and index == stage.stop - 1:
-                    sequence.hidden = hidden
-                    measured = self._measure(following.cut, -1, sequence, rotary)
-                via = plan.program.layer(index) if plan.program is not None else None
-                extra = {} if via is None else {"via": via, "prepared": prepared}
-                hidden = self.layers[index](
-                    hidden,
-                    attention_mask=context.masks[attention_kind(self.config, index)],
-                    position_ids=None,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                    position_embeddings=rotary,
-                    **context.kwargs,
-                    **extra,
-                    **kwargs,
-                )
+            following = stages[number + 1].cut if number + 1 < len(stages) else None
+            hidden, measured = self._run_stage(
+                sequence, stage, following, rotary, cache, plan.program, kwargs
+            )
             sequence.hidden = hidden
             if hidden.device != sequence.facts.device:
                 sequence = sequence.to(hidden.device)
@@ -224,6 +207,41 @@ class StagedModelMixin:
         sequence.hidden = self.norm(sequence.hidden)
         record.sequence, record.stages = sequence, stages
         return sequence.hidden
+
+    def _run_stage(
+        self,
+        sequence: TokenSequence,
+        stage: StageFacts,
+        following: Cut | None,
+        rotary: tuple[Tensor, Tensor],
+        cache: StagedCache | None,
+        program: LayerProgram | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, dict[Signal, Tensor]]:
+        """Layers of equal length: their output, and what the following cut wants measured at the
+        input of the last of them."""
+        context = attend(self.config, sequence, cache, stage)
+        prepared = program.prepare(sequence) if program is not None else None
+        measured: dict[Signal, Tensor] = {}
+        hidden = sequence.hidden
+        for index in range(stage.start, stage.stop):
+            if following is not None and index == stage.stop - 1:
+                here = replace(sequence, hidden=hidden)
+                measured = self._measure(following, -1, here, rotary)
+            via = program.layer(index) if program is not None else None
+            extra = {} if via is None else {"via": via, "prepared": prepared}
+            hidden = self.layers[index](
+                hidden,
+                attention_mask=context.masks[attention_kind(self.config, index)],
+                position_ids=None,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_embeddings=rotary,
+                **context.kwargs,
+                **extra,
+                **kwargs,
+            )
+        return hidden, measured
 
     def pdrop_rank_drop(
         self,
@@ -283,13 +301,12 @@ class StagedModelMixin:
 
     def _measure(
         self,
-        cut: Cut | None,
+        cut: Cut,
         offset: int,
         sequence: TokenSequence,
         rotary: tuple[Tensor, Tensor],
     ) -> dict[Signal, Tensor]:
         """The signals of one offset as token-aligned tensors [R, W, ...]."""
-        assert cut is not None
         wanted = [signal for signal in cut.reducer.signals if signal.offset == offset]
         measured: dict[Signal, Tensor] = {}
         for signal in wanted:

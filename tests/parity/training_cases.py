@@ -2,7 +2,7 @@
 
 Special here: paths are relative to the folder that is given, so the same rule runs on any folder
 with these files. Called by tests/parity/reference_cases.py:
-``python tests/parity/reference_cases.py ../shared/reference/pyramiddrop``.
+``python tests/parity/reference_cases.py tests/data/pyramiddrop``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""Every line of the command table works and bad input ends in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava import __version__, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _llava(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llava.cli", *words], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_answers_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    function = cli.load(name)
+    with pytest.raises(SystemExit) as stop:
+        function(["--help"])
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+    assert cli.COMMANDS[name].summary in cli.usage()
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(words) == 0
+        assert capsys.readouterr().out.rstrip("\n") == cli.usage()
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"llava {__version__}\n"
+
+
+def test_unknown_command_names_the_known_ones() -> None:
+    result = _llava("evla")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: unknown command 'evla'; accepted: train, eval, answer")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (["flops", "--preset", "llava-9"], "llava-1.5-7b"),
+        (["flops", "--layer_list", "[8,16]"], "image_token_ratio_list"),
+        (["flops", "--layer_list", "[16,8]", "--image_token_ratio_list", "[0.5,0.25]"], "[16, 8]"),
+        (["flops", "--layer_list", "[8]", "--image_token_ratio_list", "__import__('os')"], "error"),
+        (["flops", "--layer_list", "[40]", "--image_token_ratio_list", "[0.5]"], "40"),
+        (["flops", "--reduction", "nosuch:k=2"], "nosuch"),
+        (["flops", "--reduction", "missing.json"], "missing.json"),
+        (["flops", "--visual-tokens", "-1"], "-1"),
+        (["flops", "--visual-tokens", "many"], "many"),
+    ],
+)
+def test_bad_flags_end_in_one_line(
+    words: list[str], needle: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert needle in written.err
+    assert written.err.splitlines()[-1].startswith(("error: ", "llava flops: error: "))
+
+
+def test_a_real_process_shows_no_traceback() -> None:
+    result = _llava("flops", "--layer_list", "[24,8]", "--image_token_ratio_list", "[0.5,0.25]")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1

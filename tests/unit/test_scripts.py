@@ -1,0 +1,149 @@
+"""Every script parses, every shipped JSON is JSON, every command of a script has a real parser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), ROOT / ".ci" / "run"])
+IGNORED = {".git", ".venv", "results", "playground", "node_modules"}
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _dry_run(script: Path, *words: str, **variables: str) -> list[list[str]]:
+    """The commands a script would run, one list of words each."""
+    result = subprocess.run(
+        ["bash", str(script), *words],
+        cwd=ROOT,
+        env={**os.environ, "DRY_RUN": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=_name)
+def test_bash_can_read_it(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=_name)
+def test_scripts_stop_at_the_first_error(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    if script.name == "lib.sh":
+        assert "set -e" not in text  # sourced: the caller decides
+    else:
+        assert "set -euo pipefail" in text
+
+
+def test_every_json_parses() -> None:
+    found = [
+        path
+        for path in ROOT.rglob("*.json")
+        if not IGNORED & set(path.relative_to(ROOT).parts) and "checkpoint-" not in str(path)
+    ]
+    for path in found:
+        json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_no_script_evaluates_text() -> None:
+    for script in SCRIPTS:
+        assert not re.search(r"^\s*eval\s", script.read_text(encoding="utf-8"), re.M), script
+
+
+def test_quickstart_command_has_a_real_parser() -> None:
+    from llava.quickstart import build_parser
+
+    for variables in ({}, {"FULL": "1"}):
+        (words,) = _dry_run(ROOT / "scripts" / "quickstart.sh", "--limit", "36", **variables)
+        assert words[1:4] == ["-m", "llava.cli", "quickstart"]
+        args = build_parser().parse_args(words[4:])
+        assert args.limit == 36
+        assert args.full is ("FULL" in variables)
+
+
+def test_ci_runs_ruff_types_and_tests() -> None:
+    commands = [words[2] for words in _dry_run(ROOT / ".ci" / "run")]
+    assert commands == ["ruff", "mypy", "pytest"]
+
+
+def test_test_script_hands_its_arguments_to_pytest() -> None:
+    last = _dry_run(ROOT / "scripts" / "test.sh", "tests/unit", "-k", "flops")[-1]
+    assert last[2:] == ["pytest", "tests/unit", "-k", "flops"]
+
+
+def test_set_up_touches_no_network_when_all_is_there(tmp_path: Path) -> None:
+    """A pip that fails is never called: the present environment has everything."""
+    log = tmp_path / "log"
+    code = f'source scripts/lib.sh; pip_install() {{ echo called >>"{log}"; }}; setup_env ""'
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "NO_VENV": "1", "PYTHON": os.sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "nothing to install" in result.stderr
+    assert not log.exists()
+
+
+def test_missing_packages_are_noticed() -> None:
+    code = 'source scripts/lib.sh; PY="$PYTHON"; has_packages nosuchextra'
+    result = subprocess.run(
+        ["bash", "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": os.sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+
+
+def test_constraints_lie_inside_the_ranges() -> None:
+    """The tested versions are ones that pyproject.toml admits."""
+    packaging = pytest.importorskip("packaging.requirements")
+    try:
+        import tomllib
+    except ImportError:
+        tomllib = pytest.importorskip("pip._vendor.tomli")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [packaging.Requirement(line) for line in project["dependencies"]]
+    for lines in project["optional-dependencies"].values():
+        wanted += [packaging.Requirement(line) for line in lines]
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split(";")[0].strip().split("==")
+            pinned[name.lower()] = version
+    checked = [need for need in wanted if need.name.lower() in pinned]
+    assert {"torch", "transformers"} <= {need.name for need in checked}
+    for need in checked:
+        assert need.specifier.contains(pinned[need.name.lower()]), need
+    for need in wanted:
+        if need.name == "torch":
+            assert all(need.specifier.contains(v) for v in ("2.11.0", "2.12.0", "2.13.0"))
+        if need.name == "transformers":
+            assert all(need.specifier.contains(v) for v in ("5.17.0", "5.23.0"))
+
+
+def test_flash_attn_is_in_no_extra_that_something_needs() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "flash-attn" in line]
+    assert lines == ['flash = ["flash-attn>=2.8"]']
+    for path in [*SCRIPTS, ROOT / "Makefile", ROOT / ".github" / "workflows" / "ci.yml"]:
+        assert "flash" not in path.read_text(encoding="utf-8").lower().replace(
+            "flash_attention", ""
+        )

@@ -1,0 +1,228 @@
+"""Training files, samples and batches: what is read, what is refused, what a batch holds."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import clip_image_processor_class
+from llava.train.dataset import (
+    Collator,
+    ImageReader,
+    JsonRecords,
+    LazySupervisedDataset,
+    check_max_length,
+    supervised_text,
+)
+from llava.train.preprocess import training_template
+
+PAD = 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "what", "is", "red", "blue"]
+    table = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    table.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=table, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def reader(tmp_path) -> ImageReader:
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (40, 20), "blue").save(tmp_path / "blue.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not a picture")
+    processor = clip_image_processor_class()(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    config = SimpleNamespace(image_aspect_ratio="pad")
+    return ImageReader(processor, config, patches_per_side=2, folder=str(tmp_path))
+
+
+def sample(question: str, answer: str, image=None, ident: str = "s1") -> dict:
+    record = {
+        "id": ident,
+        "conversations": [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+    return record if image is None else {**record, "image": image}
+
+
+def dataset(records, tokenizer, reader=None, **options) -> LazySupervisedDataset:
+    conv = training_template("mistral_instruct")
+    return LazySupervisedDataset(records, tokenizer, conv, reader=reader, **options)
+
+
+def test_json_and_jsonl_hold_the_same_samples(tmp_path):
+    records = [sample("what", "red", ident=str(i)) for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    assert list(JsonRecords(tmp_path / "a.json")) == records
+    assert [JsonRecords(tmp_path / "a.jsonl")[i] for i in range(3)] == records
+    assert len(JsonRecords(tmp_path / "a.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{not json", "not JSON"),
+        ("a.json", '{"a": 1}', "list of samples"),
+        ("a.json", "[]", "no sample"),
+        ("a.jsonl", "\n", "no sample"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        JsonRecords(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        JsonRecords(tmp_path / "nowhere.json")
+
+
+def test_a_bad_jsonl_line_is_numbered(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps(sample("what", "red")) + "\n{oops\n")
+    records = JsonRecords(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="record 1 is not JSON"):
+        records[1]
+
+
+def test_a_batch_may_mix_none_one_and_two_pictures(tokenizer, reader):
+    data = dataset(
+        [
+            sample("what is", "red"),
+            sample("<image>\nwhat", "red", "red.png"),
+            sample("<image> is <image> what", "blue", ["red.png", "blue.png"]),
+        ],
+        tokenizer,
+        reader,
+    )
+    samples = [data[i] for i in range(3)]
+    batch = Collator(PAD)(samples)
+    assert batch["images"].shape == (3, 3, 28, 28)
+    assert batch["image_sizes"] == [(28, 28), (28, 28), (40, 20)]
+    assert (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist() == [0, 1, 2]
+    lengths = [len(s["input_ids"]) for s in samples]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    for row, length in enumerate(lengths):
+        assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
+        assert (batch["input_ids"][row, length:] == PAD).all()
+        assert batch["attention_mask"][row, :length].all()
+
+
+def test_a_pad_id_inside_the_text_is_text(tokenizer):
+    data = dataset([sample("what <pad> is", "red"), sample("what", "red")], tokenizer)
+    batch = Collator(PAD)([data[0], data[1]])
+    at = batch["input_ids"][0].tolist().index(PAD)
+    assert batch["attention_mask"][0, at]
+    assert "images" not in batch
+
+
+def test_pictures_of_different_shapes_come_as_a_list():
+    def one(shape):
+        images = {"images": [torch.zeros(shape)], "image_sizes": [(1, 1)]}
+        return {"input_ids": [1], "labels": [1], **images}
+
+    batch = Collator(PAD)([one((2, 3, 4, 4)), one((5, 3, 4, 4))])
+    assert [tuple(pixels.shape) for pixels in batch["images"]] == [(2, 3, 4, 4), (5, 3, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (sample("<image>\nwhat", "red", "absent.png", "x7"), r"\(id x7\).*absent\.png"),
+        (sample("<image>\nwhat", "red", "broken.png", "x7"), r"\(id x7\).*broken\.png"),
+        (sample("<image> <image> what", "red", "red.png", "x7"), r"\(id x7\).*2 <image> mark"),
+        (sample("what", "", ident="x7"), r"\(id x7\).*nothing to learn"),
+        ({"id": "x7"}, r"\(id x7\).*no 'conversations'"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(tokenizer, reader, record, message):
+    with pytest.raises(ValueError, match=message):
+        dataset([record], tokenizer, reader)[0]
+
+
+def test_bad_samples_are_skipped_when_asked(tokenizer, reader):
+    records = [sample("<image>\nwhat", "red", "absent.png"), sample("what", "blue")]
+    data = dataset(records, tokenizer, reader, skip_bad_samples=True)
+    assert data[0] == data[1]
+    hopeless = dataset(records[:1], tokenizer, reader, skip_bad_samples=True)
+    with pytest.raises(ValueError, match="not one sample"):
+        hopeless[0]
+
+
+def test_an_image_needs_a_tower(tokenizer):
+    with pytest.raises(ValueError, match="no vision tower"):
+        dataset([sample("<image>\nwhat", "red", "red.png")], tokenizer)[0]
+
+
+def test_visual_tokens_count_toward_the_limit(tokenizer, reader):
+    record = sample("<image>\nwhat is", "red blue " * 5, "red.png")
+    whole = dataset([record], tokenizer, reader)[0]
+    length = len(whole["input_ids"]) - 1 + 4
+    exact = dataset([record], tokenizer, reader, max_length=length)[0]
+    assert exact["input_ids"] == whole["input_ids"]
+    cut = dataset([record], tokenizer, reader, max_length=length - 3)[0]
+    assert cut["input_ids"] == whole["input_ids"][:-3]
+    assert len(cut["images"]) == 1
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        dataset([record], tokenizer, reader, max_length=6)[0]
+
+
+def test_a_picture_that_does_not_fit_goes_with_its_question(tokenizer, reader):
+    record = sample("<image>\nwhat", "red", ["red.png", "blue.png"])
+    record["conversations"] += [
+        {"from": "human", "value": "<image> is"},
+        {"from": "gpt", "value": "blue"},
+    ]
+    whole = dataset([record], tokenizer, reader)[0]
+    length = len(whole["input_ids"]) - 2 + 8
+    cut = dataset([record], tokenizer, reader, max_length=length - 2)[0]
+    assert len(cut["images"]) == len(cut["image_sizes"]) == 1
+    assert cut["input_ids"].count(IMAGE_TOKEN_INDEX) == 1
+    assert supervised_text(cut, tokenizer.decode) == ["red </s>"]
+
+
+def test_a_limit_that_holds_no_picture_is_refused():
+    with pytest.raises(ValueError, match="576 visual tokens"):
+        check_max_length(576, 576)
+    check_max_length(577, 576)
+
+
+def test_lengths_count_words_and_mark_modality(tokenizer):
+    records = [sample("what is", "red"), sample("<image>\nwhat", "red", "red.png")]
+    data = dataset(records, tokenizer)
+    assert data.modality_lengths == [-3, 3]
+    assert data.lengths == [3, 131]
+
+
+def test_caches_change_nothing(tokenizer, reader, tmp_path):
+    record = sample("<image>\nwhat", "red", "blue.png")
+    cached = ImageReader(
+        reader.image_processor, reader.model_cfg, 2, folder=reader.folder, cache_mb=1
+    )
+    plain, kept = (
+        dataset([record], tokenizer, reader),
+        dataset([record], tokenizer, cached, cache_text=True),
+    )
+    first, again = kept[0], kept[0]
+    assert first["images"][0] is again["images"][0]
+    assert first["input_ids"] == plain[0]["input_ids"]
+    assert torch.equal(first["images"][0], plain[0]["images"][0])

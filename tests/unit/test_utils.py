@@ -1,0 +1,136 @@
+"""Files are never half written, errors are one line, seeds seed everything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import stat
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from llava import utils
+
+
+def test_atomic_write_replaces_only_when_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.txt"
+    with utils.atomic_write(target) as file:
+        file.write("first")
+
+    def fail_half_way() -> None:
+        with utils.atomic_write(target) as file:
+            file.write("second")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_half_way()
+    assert target.read_text() == "first"
+    assert [path.name for path in target.parent.iterdir()] == ["a.txt"]
+
+
+def test_atomic_write_bytes_and_permissions(tmp_path: Path) -> None:
+    with utils.atomic_write(tmp_path / "b.bin", "wb") as file:
+        file.write(b"\x00\x01")
+    assert (tmp_path / "b.bin").read_bytes() == b"\x00\x01"
+    plain = tmp_path / "plain"
+    plain.touch()
+    mode = stat.S_IMODE(os.stat(tmp_path / "b.bin").st_mode)
+    assert mode == stat.S_IMODE(os.stat(plain).st_mode)
+
+
+@pytest.mark.parametrize("mode", ["a", "r", "w+"])
+def test_atomic_write_refuses_other_modes(tmp_path: Path, mode: str) -> None:
+    with (
+        pytest.raises(ValueError, match=r"accepted: 'w', 'wb'"),
+        utils.atomic_write(tmp_path / "c", mode),
+    ):
+        pass
+
+
+def test_json_dump_round_trip_and_nan(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    utils.json_dump(path, {"λ": [0.5, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"λ": [0.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        utils.json_dump(path, {"x": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"λ": [0.5, None]}
+
+
+def test_set_seed_seeds_all_three() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    utils.set_seed(7)
+    first = draw()
+    utils.set_seed(7)
+    assert draw() == first
+    utils.set_seed(8)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+def test_environment_names_what_ran() -> None:
+    found = utils.environment()
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"]
+    assert json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("ratio 2 is\n  too large"), "error: ratio 2 is too large\n"),
+        (FileNotFoundError(2, "No such file or directory", "x.png"), "x.png\n"),
+        (OSError("cannot identify image file"), "error: cannot identify image file\n"),
+    ],
+)
+def test_user_errors_is_one_line_and_exit_2(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("LLAVA_DEBUG", raising=False)
+
+    @utils.user_errors()
+    def main() -> None:
+        raise error
+
+    for _ in range(2):  # the decorator can be used again
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        written = capsys.readouterr().err
+        assert written.startswith("error: ")
+        assert written.endswith(line)
+        assert written.count("\n") == 1
+
+
+def test_user_errors_keeps_bugs_and_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAVA_DEBUG", raising=False)
+    with pytest.raises(KeyError), utils.user_errors():
+        raise KeyError("ours")
+    monkeypatch.setenv("LLAVA_DEBUG", "1")
+    with pytest.raises(ValueError, match="shown"), utils.user_errors():
+        raise ValueError("shown")
+
+
+def test_user_errors_passes_the_result_on() -> None:
+    @utils.user_errors()
+    def double(x: int) -> int:
+        return 2 * x
+
+    assert double(4) == 8
+
+
+def test_loggers_hang_below_one_root() -> None:
+    assert utils.get_logger("llava.eval.speed").name == "llava.eval.speed"
+    assert utils.get_logger("llava").name == "llava"
+    own = [h for h in logging.getLogger("llava").handlers if type(h) is logging.StreamHandler]
+    assert len(own) == 1
+
+
+def test_progress_passes_items_on() -> None:
+    assert list(utils.progress(range(3), "x", 3)) == [0, 1, 2]
