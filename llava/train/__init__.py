@@ -1,0 +1,1 @@
+"""Training: arguments, data, sampler and trainer behind ``python -m llava.train.train``."""

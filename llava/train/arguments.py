@@ -1,0 +1,383 @@
+"""Command line of training: LLaVA's flags with their meaning, on top of transformers' own.
+
+Special here: the text under a field is its ``--help``. Flags that transformers 5 dropped are
+accepted and translated, so scripts written for LLaVA run; flags whose feature does not exist here
+yet are parsed and refused by name when they are set (``NOT_AVAILABLE_YET``). Sources: LLaVA-1.5
+train.py, PyramidDrop pdrop_train.py, Open-LLaVA-NeXT train.py.
+``python -m llava.train.train --help``
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import netrc
+import os
+import textwrap
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from llava.reduction.plan import ReductionPlan, plan_from_flags
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
+
+TUNABLE_PARTS = ("mm_mlp_adapter", "mm_vision_tower", "mm_language_model")
+
+
+def documented(cls: type) -> type:
+    """Class decorator for a dataclass: the string under each field becomes its help (where the
+    source is there to be read)."""
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        return cls
+    body = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for statement, follower in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(follower, ast.Expr)
+            and isinstance(follower.value, ast.Constant)
+        ):
+            texts[statement.target.id] = " ".join(str(follower.value.value).split())
+    for field in dataclasses.fields(cls):
+        if field.name in texts:
+            help_text = texts[field.name].replace("%", "%%")
+            field.metadata = {**field.metadata, "help": help_text}  # type: ignore[assignment]
+    return cls
+
+
+@documented
+@dataclasses.dataclass
+class ModelArguments:
+    """Which model, which parts of it are trained, and the plan."""
+
+    model_name_or_path: str | None = None
+    """Folder (or hub id) of the base model: a language model (Llama, Mistral, Qwen2, Qwen3) or a
+    LLaVA checkpoint."""
+    init_from_config: str | None = None
+    """Folder or config.json to build a model with random weights from, instead of
+    --model_name_or_path."""
+    tokenizer_path: str | None = None
+    """Folder of the tokenizer; the model's own by default."""
+    version: str = "v0"
+    """Conversation template, a key of llava.conversation.conv_templates (plain for captions, v1
+    for Vicuna); an unknown one means vicuna_v1."""
+    freeze_backbone: bool = False
+    """Leave the language model as it is."""
+    tune_mm_mlp_adapter: bool = False
+    """Train the projector (and the image newline) only."""
+    vision_tower: str | None = None
+    """Folder (or hub id) of the CLIP tower."""
+    mm_vision_select_layer: int = -1
+    """Hidden layer of the tower that is read; LLaVA's scripts give -2."""
+    pretrain_mm_mlp_adapter: str | None = None
+    """mm_projector.bin of the projector stage."""
+    mm_projector_type: str = "linear"
+    """linear, mlpNx_gelu or identity."""
+    mm_use_im_start_end: bool = False
+    """Put <im_start> and <im_end> around a picture (adds two tokens)."""
+    mm_use_im_patch_token: bool = True
+    """Add an <im_patch> token, which nothing reads; LLaVA's scripts give False."""
+    mm_patch_merge_type: str = "flat"
+    """How tiles are joined: flat, spatial, spatial_unpad."""
+    mm_vision_select_feature: str = "patch"
+    """patch, or cls_patch to keep the class token."""
+    mm_tunable_parts: str | None = None
+    """Comma list of mm_mlp_adapter, mm_vision_tower, mm_language_model; overrides the switches
+    that freeze and unfreeze."""
+    layer_list: str | None = None
+    """PyramidDrop: layers in front of which tokens are dropped, e.g. "[8,16,24]"."""
+    image_token_ratio_list: str | None = None
+    """PyramidDrop: kept shares of the visual tokens, e.g. "[0.5,0.25,0.125]"."""
+    reduction: str | None = None
+    """Any plan, as text or a JSON file: "none", "fastv:k=2,r=0.5", plan.json. Written into
+    config.json."""
+
+    def plan(self) -> ReductionPlan | None:
+        """The plan that the flags name, None when they name none. Raises ValueError."""
+        return plan_from_flags(self.reduction, self.layer_list, self.image_token_ratio_list)
+
+    def tunable_parts(self) -> tuple[str, ...] | None:
+        """`mm_tunable_parts` as a tuple, None when not given. Raises ValueError."""
+        if self.mm_tunable_parts is None:
+            return None
+        parts = tuple(part.strip() for part in self.mm_tunable_parts.split(",") if part.strip())
+        unknown = [part for part in parts if part not in TUNABLE_PARTS]
+        if unknown or not parts:
+            raise ValueError(
+                f"--mm_tunable_parts {self.mm_tunable_parts!r}; accepted: a comma list of "
+                + ", ".join(TUNABLE_PARTS)
+            )
+        return parts
+
+
+@documented
+@dataclasses.dataclass
+class DataArguments:
+    """What is trained on."""
+
+    data_path: str | None = None
+    """LLaVA JSON list or JSONL of samples."""
+    eval_data_path: str | None = None
+    """The same for the validation loss."""
+    lazy_preprocess: bool = False
+    """No effect: samples are always prepared on access."""
+    is_multimodal: bool = False
+    """No effect: set by the code."""
+    image_folder: str | None = None
+    """Folder that the image paths start from."""
+    image_aspect_ratio: str = "square"
+    """square (crop), pad, or anyres (tiles)."""
+    image_grid_pinpoints: str | None = None
+    """anyres: sizes to choose from, e.g. "[[336,672],[672,336]]"; (1,2),(2,1),(2,2),(3,1),(1,3)
+    times the tower's input by default."""
+    label_mode: Literal["segments", "legacy"] = "segments"
+    """How labels are made: segments (cannot miss), or legacy (LLaVA's own masking)."""
+    skip_bad_samples: bool = False
+    """Take the next sample, with a warning, in place of one that cannot be read or does not fit."""
+    image_cache_mb: int = 0
+    """Keep up to this many MB of processed pictures in memory (small data read many times)."""
+    cache_text: bool = False
+    """Keep tokenised samples in memory (small data read many times)."""
+    dry_run_data: int = 0
+    """Print the supervised text of this many samples and stop."""
+
+
+@documented
+@dataclasses.dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained; transformers' own flags are all accepted too."""
+
+    cache_dir: str | None = None
+    """No effect: models are local folders."""
+    optim: str = "adamw_torch_fused"
+    """Optimizer; adamw_torch_fused is AdamW in one kernel."""
+    remove_unused_columns: bool = False
+    """Must stay False: the collator needs every column."""
+    prediction_loss_only: bool = True
+    """Validation computes the loss only: with dropped tokens logits are shorter than labels."""
+    disable_tqdm: bool = True
+    """No bars: a line is printed every --logging_steps."""
+    freeze_mm_mlp_adapter: bool = False
+    """Leave the projector as it is."""
+    unfreeze_mm_vision_tower: bool = False
+    """Train the vision tower too."""
+    mpt_attn_impl: str = "triton"
+    """No effect: there is no MPT model here."""
+    model_max_length: int = 512
+    """Context limit in tokens, visual tokens included."""
+    double_quant: bool = True
+    """QLoRA: quantise the quantisation constants."""
+    quant_type: str = "nf4"
+    """QLoRA: nf4 or fp4."""
+    bits: int = 16
+    """16; 4 and 8 mean QLoRA."""
+    lora_enable: bool = False
+    """Train low-rank adapters instead of the language model."""
+    lora_r: int = 64
+    """Rank of the adapters."""
+    lora_alpha: int = 16
+    """Scale of the adapters."""
+    lora_dropout: float = 0.05
+    """Dropout in front of the adapters."""
+    lora_weight_path: str = ""
+    """No effect, as in LLaVA."""
+    lora_bias: str = "none"
+    """none, all or lora_only."""
+    lora_qv_proj_only: bool = False
+    """Adapters on q_proj and v_proj only."""
+    mm_projector_lr: float | None = None
+    """Learning rate of the projector; the common one by default."""
+    mm_vision_tower_lr: float | None = None
+    """Learning rate of an unfrozen tower; the common one by default."""
+    group_by_modality_length: bool = False
+    """Batches with pictures and without kept apart, evenly long across ranks."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2 or flex_attention; sdpa by default."""
+    loss_mean: Literal["batch", "tokens"] = "batch"
+    """batch: the mean over a micro-batch's targets, averaged over micro-batches (LLaVA); tokens:
+    the mean over all targets of a step."""
+    evaluation_strategy: str | None = None
+    """Old name of --eval_strategy."""
+    warmup_ratio: float | None = None
+    """Share of the steps that warm up (--warmup_steps below 1 today)."""
+    group_by_length: bool = False
+    """Batches of similar length, to save padding."""
+    no_cuda: bool = False
+    """Old name of --use_cpu."""
+    overwrite_output_dir: bool = False
+    """Start over; without it a run goes on from the last checkpoint in --output_dir."""
+    logging_dir: str | None = None
+    """No effect: set TENSORBOARD_LOGGING_DIR."""
+    save_safetensors: bool = True
+    """Weights are always saved as safetensors."""
+
+    def __post_init__(self) -> None:
+        self._refuse_what_is_not_there()
+        self._translate()
+        self._match_device()
+        self.report_to = usable_reports(self.report_to)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name
+            super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # several GPUs in one process would split the batch lists
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns True: the collator needs every column")
+
+    def _refuse_what_is_not_there(self) -> None:
+        for name, accepted in NOT_AVAILABLE_YET.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(
+                    f"--{name} {value} is not available yet; accepted: "
+                    + " or ".join(str(item) for item in accepted)
+                )
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world > 1:
+            raise ValueError(
+                f"WORLD_SIZE is {world}: training on several processes is not available yet; "
+                "start one process"
+            )
+
+    def _translate(self) -> None:
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio <= 1:
+                raise ValueError(f"--warmup_ratio {self.warmup_ratio}; accepted: 0 to 1")
+            if not self.warmup_steps:  # explicit steps win, as they always did
+                self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
+        self.use_cpu = self.use_cpu or self.no_cuda
+
+    def _match_device(self) -> None:
+        """Without a GPU: train on the CPU. What only a GPU has is turned off, bfloat16 too unless
+        the CPU was asked for by name (some have it in hardware, many get slower)."""
+        asked_for_cpu = self.use_cpu
+        if not _accelerator_available():
+            self.use_cpu = True
+        if not self.use_cpu:
+            return
+        off = [name for name in ("fp16", "tf32") if getattr(self, name)]
+        off += ["bf16"] if self.bf16 and not asked_for_cpu else []
+        for name in off:
+            setattr(self, name, None if name == "tf32" else False)
+        if off:
+            logger.warning(
+                "no GPU: %s turned off, float32 is used%s",
+                ", ".join(off),
+                " (--use_cpu True keeps bf16 on the CPU)" if "bf16" in off else "",
+            )
+
+
+NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
+    "deepspeed": (None, ""),
+    "fsdp": (None, "", [], False),
+    "lora_enable": (False,),
+    "bits": (16,),
+}
+"""Flags of distributed and LoRA training -> the values that ask for neither."""
+
+
+def _accelerator_available() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def usable_reports(report_to: Any) -> list[str] | str:
+    """The reporters of `report_to` that work without asking anybody anything.
+
+    wandb is kept only if it is installed and a key or an offline mode is set, because it would
+    otherwise wait for a login; what is left out is said.
+    """
+    wanted = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    if "wandb" in wanted and not _wandb_ready():
+        logger.warning(
+            "wandb is left out: %s",
+            "no key found (set WANDB_API_KEY or WANDB_MODE=offline)"
+            if importlib.util.find_spec("wandb")
+            else "it is not installed",
+        )
+        wanted.remove("wandb")
+    if "tensorboard" in wanted and not (
+        importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")
+    ):
+        logger.warning("tensorboard is left out: it is not installed")
+        wanted.remove("tensorboard")
+    return wanted or "none"
+
+
+def _wandb_ready() -> bool:
+    if importlib.util.find_spec("wandb") is None:
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    if os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class _Parser(HfArgumentParser):
+    """Complains with a ValueError instead of printing 400 lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists all flags)")
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser of ``python -m llava.train.train``."""
+    return _Parser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        prog="python -m llava.train.train",
+        description="Train a LLaVA model with or without visual token reduction.",
+    )
+
+
+def parse_args(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """The three argument groups of a command line.
+
+    Raises ValueError for unknown flags, values that do not fit, and features that do not exist yet.
+    """
+    model, data, training, unknown = build_parser().parse_args_into_dataclasses(
+        args=None if argv is None else list(argv),
+        return_remaining_strings=True,
+        look_for_args_file=False,
+    )
+    if unknown:
+        raise ValueError(f"unknown flag(s): {' '.join(unknown)} (--help lists all flags)")
+    if not data.data_path:
+        raise ValueError("--data_path is needed")
+    if (model.model_name_or_path is None) == (model.init_from_config is None):
+        raise ValueError("give one of --model_name_or_path and --init_from_config")
+    if data.eval_data_path is None and str(training.eval_strategy.value) != "no":
+        raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
+    model.plan()
+    model.tunable_parts()
+    return model, data, training
+
+
+def parse_pinpoints(text: str | None, tile_size: int) -> list[list[int]]:
+    """`--image_grid_pinpoints` as [[width, height], ...]; Open-LLaVA-NeXT's five by default.
+
+    Raises ValueError for text that is no list of pairs of sizes.
+    """
+    if text is None:
+        grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+        return [[w * tile_size, h * tile_size] for w, h in grids]
+    from llava.mm_utils import parse_grid_pinpoints
+
+    return [list(size) for size in parse_grid_pinpoints(text, tile_size)]

@@ -1,0 +1,351 @@
+"""LLaVA's training files -> samples -> padded batches.
+
+Special here: everything that a batch will become is known on the host before a model sees it. The
+visual tokens of a picture are counted from its size, a sample that is too long is cut so that no
+picture is kept in part and no question without its answer, and every complaint names the sample.
+A batch may mix text-only, one-image and many-image samples; the mask comes from true lengths, so a
+pad id inside the text stays text.
+
+File formats: a JSON list, or JSONL (read by byte offset, never held in memory), of
+``{"id", "image": path or [paths] (optional), "conversations": [{"from", "value"}, ...]}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.mm_utils import (
+    count_visual_tokens,
+    crop_side,
+    load_image,
+    process_images,
+    truncate_to_context,
+)
+from llava.train.preprocess import Encoded, LabelMode, preprocess
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
+
+IMAGE_LENGTH = 128
+"""What a picture counts in the sampler's word counts (LLaVA's figure)."""
+MAX_WARNINGS = 10
+
+
+# ------------------------------------------------------------------------------------------- files
+class JsonRecords(Sequence[dict[str, Any]]):
+    """The samples of a JSON list or a JSONL file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data file not found: {self.path}")
+        self._records: list[Any] | None = None
+        self._offsets: list[int] = []
+        if self.path.suffix == ".jsonl":
+            self._offsets = list(_line_offsets(self.path))
+        else:
+            try:
+                self._records = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{self.path} is not JSON: {error}") from error
+            if not isinstance(self._records, list):
+                raise ValueError(f"{self.path} must hold a JSON list of samples")
+        if len(self) == 0:
+            raise ValueError(f"{self.path} holds no sample")
+
+    def __len__(self) -> int:
+        return len(self._offsets) if self._records is None else len(self._records)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        if self._records is not None:
+            record = self._records[index]
+        else:
+            with open(self.path, "rb") as file:
+                file.seek(self._offsets[index])
+                line = file.readline()
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{self.path}, record {index} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.path}, record {index} must be an object, got {record!r:.60}")
+        return record
+
+
+def _line_offsets(path: Path) -> Iterator[int]:
+    """Byte offsets of the lines that are not blank."""
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.strip():
+                yield offset
+            offset += len(line)
+
+
+# ------------------------------------------------------------------------------------------ images
+@dataclasses.dataclass(frozen=True)
+class ImageReader:
+    """Opens and processes the pictures of a sample.
+
+    `image_processor` and `model_cfg` are the tower's and the model's (aspect ratio, pinpoints,
+    merge type); `patches_per_side` is the tower's. `cache_mb` > 0 keeps processed pixels in memory
+    until that much is used (for small data that is read many times).
+    """
+
+    image_processor: Any
+    model_cfg: Any
+    patches_per_side: int
+    folder: str = ""
+    cache_mb: int = 0
+    _cache: dict[str, tuple[torch.Tensor, tuple[int, int]]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+    _cached_bytes: list[int] = dataclasses.field(default_factory=lambda: [0], repr=False)
+
+    def __call__(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Pixels ([3, H, W], or [tiles, 3, H, W] for anyres) and (width, height) of a picture.
+
+        Raises ValueError or FileNotFoundError, naming the file, for one that cannot be read.
+        """
+        if name in self._cache:
+            return self._cache[name]
+        image = load_image(os.path.join(self.folder, name))
+        pixels = process_images([image], self.image_processor, self.model_cfg)[0]
+        found = (pixels, image.size)
+        size = pixels.numel() * pixels.element_size()
+        if self._cached_bytes[0] + size <= self.cache_mb * 2**20:
+            self._cache[name] = found
+            self._cached_bytes[0] += size
+        return found
+
+    def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Visual tokens of pictures of these (width, height)."""
+        config = self.model_cfg
+        counts = count_visual_tokens(
+            sizes,
+            config,
+            crop_side(self.image_processor),
+            self.patches_per_side,
+        )
+        with_class = getattr(config, "mm_vision_select_feature", "patch") == "cls_patch"
+        return [count + with_class for count in counts]
+
+
+# ----------------------------------------------------------------------------------------- dataset
+class LazySupervisedDataset(Dataset):
+    """Samples of a training file; pictures are opened and text is tokenised on access.
+
+    `__getitem__` returns a dict of ``input_ids`` and ``labels`` (lists), ``images`` (list of
+    tensors) and ``image_sizes`` (list of (width, height)). Raises ValueError, naming the sample,
+    for anything that cannot be trained on; with `skip_bad_samples` the next sample takes its
+    place, with a warning. `cache_text` keeps ids and labels in memory.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        conv: Conversation,
+        *,
+        reader: ImageReader | None = None,
+        max_length: int = 2048,
+        label_mode: LabelMode = "segments",
+        use_im_start_end: bool = False,
+        cache_text: bool = False,
+        skip_bad_samples: bool = False,
+        name: str = "data",
+    ) -> None:
+        self.records = records
+        self.tokenizer = tokenizer
+        self.conv = conv
+        self.reader = reader
+        self.max_length = max_length
+        self.label_mode: LabelMode = label_mode
+        self.use_im_start_end = use_im_start_end
+        self.skip_bad_samples = skip_bad_samples
+        self.name = name
+        self._text: dict[int, Encoded] | None = {} if cache_text else None
+        self._warnings: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    # -- lengths for the sampler -------------------------------------------------------------------
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words of each sample (at least 1), negative for text-only ones (LLaVA's counts)."""
+        lengths = []
+        for record in self.records:
+            words = max(_words(record), 1)
+            lengths.append(words if _image_names(record) else -words)
+        return lengths
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each sample, a picture counting as 128."""
+        return [
+            _words(record) + (IMAGE_LENGTH if _image_names(record) else 0)
+            for record in self.records
+        ]
+
+    # -- samples -----------------------------------------------------------------------------------
+    def describe(self, index: int) -> str:
+        """How messages name a sample: file, position and its id."""
+        try:
+            ident = self.records[index].get("id", "-")
+        except (ValueError, AttributeError):
+            ident = "-"
+        return f"{self.name}, sample {index} (id {ident})"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                return self._sample(at)
+            except (ValueError, OSError) as error:
+                message = f"{self.describe(at)}: {error}"
+                if not self.skip_bad_samples:
+                    raise ValueError(message) from error
+                self._warn("bad", f"skipped: {message}")
+        raise ValueError(f"{self.name}: not one sample can be trained on")
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        names = _image_names(record)
+        if names and self.reader is None:
+            raise ValueError(
+                f"has an image ({names[0]}) but the run has no vision tower: give --vision_tower"
+            )
+        pictures = [self.reader(name) for name in names] if self.reader else []
+        encoded = self._encode(index, record, len(names))
+        counts = self.reader.visual_tokens([size for _, size in pictures]) if self.reader else []
+        fitted = truncate_to_context(encoded.input_ids, encoded.labels, counts, self.max_length)
+        if fitted.cut:
+            self._warn(
+                "cut",
+                f"{self.describe(index)}: {fitted.cut} of its tokens are cut off to fit "
+                f"--model_max_length {self.max_length}",
+            )
+        kept = pictures[: fitted.images]
+        return {
+            "input_ids": fitted.ids,
+            "labels": fitted.labels,
+            "images": [pixels for pixels, _ in kept],
+            "image_sizes": [size for _, size in kept],
+        }
+
+    def _encode(self, index: int, record: dict[str, Any], n_images: int) -> Encoded:
+        if self._text is not None and index in self._text:
+            return self._text[index]
+        if "conversations" not in record:
+            raise ValueError(f"has no 'conversations' (its keys: {', '.join(record)})")
+        encoded = preprocess(
+            record["conversations"],
+            self.tokenizer,
+            self.conv,
+            n_images=n_images,
+            use_im_start_end=self.use_im_start_end,
+            label_mode=self.label_mode,
+        )
+        if encoded.warning:
+            self._warn("mismatch", f"{self.describe(index)}: {encoded.warning}")
+        elif encoded.n_targets == 0:
+            raise ValueError("has nothing to learn: its answers are empty")
+        if self._text is not None:
+            self._text[index] = encoded
+        return encoded
+
+    def _warn(self, kind: str, message: str) -> None:
+        seen = self._warnings[kind] = self._warnings.get(kind, 0) + 1
+        if seen <= MAX_WARNINGS:
+            logger.warning(message)
+        if seen == MAX_WARNINGS:
+            logger.warning("further warnings of this kind are not shown")
+
+
+def _image_names(record: dict[str, Any]) -> list[str]:
+    """The picture files of a record: none, one, or a list."""
+    names = record.get("image")
+    if not names:
+        return []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _words(record: dict[str, Any]) -> int:
+    return sum(len(turn["value"].split()) for turn in record.get("conversations", ()))
+
+
+# ---------------------------------------------------------------------------------------- collator
+@dataclasses.dataclass(frozen=True)
+class Collator:
+    """Samples -> one right-padded batch.
+
+    Returns input_ids, labels and attention_mask [B, L], images (a tensor [n, 3, H, W] if all
+    pictures have one shape, else a list; absent pictures leave None) and image_sizes, one entry a
+    picture in the order of the batch. Text-only samples bring no picture.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        shape = (len(samples), max(lengths))
+        ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        mask = np.zeros(shape, dtype=bool)
+        for row, sample in enumerate(samples):
+            ids[row, : lengths[row]] = sample["input_ids"]
+            labels[row, : lengths[row]] = sample["labels"]
+            mask[row, : lengths[row]] = True
+        images = [pixels for sample in samples for pixels in sample["images"]]
+        sizes = [size for sample in samples for size in sample["image_sizes"]]
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "attention_mask": torch.from_numpy(mask),
+        }
+        if images:
+            same = all(pixels.shape == images[0].shape for pixels in images)
+            batch["images"] = torch.stack(images) if same else images
+            batch["image_sizes"] = sizes
+        return batch
+
+
+def check_first_samples(dataset: LazySupervisedDataset, count: int = 4) -> None:
+    """Read the first samples now, so that a wrong folder or format ends a run before it starts."""
+    for index in range(min(count, len(dataset))):
+        dataset[index]
+
+
+def check_max_length(max_length: int, visual_tokens: int) -> None:
+    """ValueError unless a picture and some text fit into `max_length`."""
+    if visual_tokens >= max_length:
+        raise ValueError(
+            f"--model_max_length {max_length} cannot hold a picture of {visual_tokens} visual "
+            f"tokens and text; give more than {visual_tokens}"
+        )
+
+
+def supervised_text(sample: dict[str, Any], decode: Callable[[list[int]], str]) -> list[str]:
+    """The stretches of a sample that are learned, decoded (for looking at data)."""
+    spans: list[list[int]] = []
+    open_span = False
+    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
+        learned = label != IGNORE_INDEX and token != IMAGE_TOKEN_INDEX
+        if learned and not open_span:
+            spans.append([])
+        if learned:
+            spans[-1].append(token)
+        open_span = learned
+    return [decode(span) for span in spans]

@@ -1,0 +1,487 @@
+"""The training entry point: parse, load, freeze, fit, save.
+
+Special here: one entry point for every stage. A language model of a supported family or a LLaVA
+checkpoint is the base, or a config.json with random weights; with or without a vision tower, so a
+text-only stage runs through the same code. The plan is written into config.json and used from the
+first step. A run writes into a staging folder first, so nothing is left half written. Sources:
+LLaVA-1.5 train.py, PyramidDrop pdrop_train.py.
+
+    python -m llava.train.train --model_name_or_path vicuna-7b-v1.5 --version plain \\
+        --data_path captions.json --image_folder images --vision_tower clip-vit-large-patch14-336 \\
+        --mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True --mm_vision_select_layer -2 \\
+        --layer_list "[8,16,24]" --image_token_ratio_list "[0.5,0.25,0.125]" --output_dir out
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, CLIPVisionConfig
+from transformers.utils import cached_file
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+)
+from llava.conversation import conv_templates
+from llava.mm_utils import crop_side
+from llava.reduction.plan import resolve_plan
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_args,
+    parse_pinpoints,
+)
+from llava.train.dataset import (
+    Collator,
+    ImageReader,
+    JsonRecords,
+    LazySupervisedDataset,
+    check_first_samples,
+    check_max_length,
+    supervised_text,
+)
+from llava.train.llava_trainer import LLaVATrainer, part_of
+from llava.train.preprocess import training_template
+from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
+
+logger = get_logger("llava.train.train")
+
+SUMMARY_FILE = "train_summary.json"
+
+
+# ------------------------------------------------------------------------------------------- model
+def read_config(model_args: ModelArguments) -> tuple[str, dict[str, Any]]:
+    """Where the base is (a folder, or a hub id) and its config.json. Raises ValueError or OSError
+    when there is none."""
+    name = str(model_args.model_name_or_path or model_args.init_from_config)
+    file = Path(name)
+    if file.is_dir():
+        file = file / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no config.json in {name}")
+    elif not file.is_file():
+        if file.is_absolute() or name.count("/") != 1 or name.startswith("."):
+            raise FileNotFoundError(f"no model at {name}")
+        try:
+            file = Path(str(cached_file(name, "config.json")))
+        except OSError as error:
+            raise ValueError(f"model {name} is no folder and not on the hub: {error}") from error
+        return name, _read_json(file)
+    return str(file.parent), _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def model_class(config: dict[str, Any]) -> Any:
+    """The LLaVA class for a base's config.json. ValueError for another architecture."""
+    from llava.model.builder import FAMILIES
+
+    bases = {
+        "llama": "llava_llama",
+        "mistral": "llava_mistral",
+        "qwen2": "llava_qwen",
+        "qwen3": "llava_qwen3",
+    }
+    kind = str(config.get("model_type"))
+    if "text_config" in config:
+        raise ValueError(
+            f"model_type {kind!r} with a text_config is transformers' own layout; convert the "
+            "checkpoint to the LLaVA layout to train it"
+        )
+    name = bases.get(kind, kind)
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model_type {kind!r} cannot be trained here; accepted: {', '.join(bases)}, "
+            + ", ".join(FAMILIES)
+        )
+    return FAMILIES[name][1]
+
+
+def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """The model with its vision modules, in float32, nothing frozen yet."""
+    folder, raw = read_config(model_args)
+    cls = model_class(raw)
+    config = cls.config_class.from_pretrained(folder)
+    keep_checkpoint_settings(model_args, config)
+    attention = {"attn_implementation": training_args.attn_implementation or "sdpa"}
+    if model_args.init_from_config:
+        config.mm_vision_tower = config.mm_vision_config = None  # read from its own folder below
+        model = cls._from_config(config, dtype=torch.float32, **attention)
+    else:
+        expect_tower(config, model_args)
+        model, info = cls.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **attention
+        )
+        check_loaded(folder, model, info)
+    if model_args.vision_tower:
+        try:
+            model.get_model().initialize_vision_modules(model_args)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{model_args.pretrain_mm_mlp_adapter} cannot be loaded as a projector: {error}"
+            ) from error
+    clean_generation_config(model)
+    return model
+
+
+def expect_tower(config: Any, model_args: ModelArguments) -> None:
+    """Let a LLaVA checkpoint's own tower be found: with its structure known from the tower's
+    folder, tower weights that the checkpoint may hold (LLaVA-1.6 does) are used."""
+    name = getattr(config, "mm_vision_tower", None)
+    if not name:
+        return
+    if getattr(config, "mm_vision_config", None) is None:
+        folder = Path(model_args.vision_tower or name)
+        if (folder / "config.json").is_file():
+            config.mm_vision_config = CLIPVisionConfig.from_pretrained(folder).to_diff_dict()
+            config.mm_vision_tower = model_args.vision_tower
+    elif model_args.vision_tower != name:
+        logger.warning("the checkpoint's tower is replaced by %s", model_args.vision_tower)
+
+
+def check_loaded(folder: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Complete a loaded base: a tower that it does not hold is read from its own folder, another
+    part beside the language model starts at random and is named.
+
+    ValueError unless every weight of the language model was there.
+    """
+    missing = {part: [] for part in ("language", "projector", "tower")}
+    for name in sorted(info["missing_keys"]):
+        missing[part_of(name)].append(name)
+    lost = missing["language"] + [str(item[0]) for item in info["mismatched_keys"]]
+    if lost:
+        raise ValueError(
+            f"{folder} does not hold the weights its config.json describes: {len(lost)} missing or "
+            f"of another shape, e.g. {lost[0]}"
+        )
+    if missing["tower"]:
+        model.get_vision_tower().load_model()
+    if missing["projector"]:
+        logger.warning("not in the checkpoint, at random: %s", ", ".join(missing["projector"]))
+    if info["unexpected_keys"]:
+        logger.warning("not used: %s", ", ".join(sorted(info["unexpected_keys"])[:8]))
+
+
+_MM_FLAGS = {
+    "vision_tower": "mm_vision_tower",
+    "mm_vision_select_layer": "mm_vision_select_layer",
+    "mm_vision_select_feature": "mm_vision_select_feature",
+    "mm_projector_type": "mm_projector_type",
+    "mm_patch_merge_type": "mm_patch_merge_type",
+    "mm_use_im_start_end": "mm_use_im_start_end",
+    "mm_use_im_patch_token": "mm_use_im_patch_token",
+}
+
+
+def keep_checkpoint_settings(model_args: ModelArguments, config: Any) -> None:
+    """Flags left at their default take a LLaVA checkpoint's value, so that fine-tuning it further
+    cannot silently change what its projector was trained on."""
+    defaults = {field.name: field.default for field in fields(model_args)}
+    for flag, key in _MM_FLAGS.items():
+        stored = getattr(config, key, None)
+        if stored is not None and getattr(model_args, flag) == defaults[flag]:
+            setattr(model_args, flag, stored)
+
+
+def clean_generation_config(model: Any) -> None:
+    """Drop sampling settings that contradict ``do_sample=False`` (Vicuna ships such a file), with
+    which saving would fail at the end of a run."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None or settings.do_sample:
+        return
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+        if getattr(settings, name, None) is not None:
+            setattr(settings, name, None)
+
+
+def load_tokenizer(model_args: ModelArguments, max_length: int) -> Any:
+    """The tokenizer, right-padded, with a pad token: its own, else unk, else eos. The mask comes
+    from lengths, so any will do and the vocabulary stays as it is."""
+    path = model_args.tokenizer_path or read_config(model_args)[0]
+    if model_args.tokenizer_path and not Path(path).is_dir():
+        raise FileNotFoundError(f"tokenizer folder not found: {path}")
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, model_max_length=max_length, padding_side="right"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    # The data set counts tokens itself; transformers' own warning speaks of indexing errors.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer in {path} has no pad, unk or eos token")
+    return tokenizer
+
+
+def add_image_tokens(model: Any, tokenizer: Any, model_args: ModelArguments) -> None:
+    """Add <im_patch>, <im_start> and <im_end> where the flags ask for them; the new embedding rows
+    start as the mean of the old ones.
+
+    ValueError for <im_start> and <im_end> in the projector stage, which would not train them.
+    """
+    if not model_args.vision_tower:
+        return
+    if model_args.mm_use_im_start_end and model_args.tune_mm_mlp_adapter:
+        raise ValueError("--mm_use_im_start_end cannot be trained with --tune_mm_mlp_adapter")
+    wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+    if model_args.mm_use_im_start_end:
+        wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    new = tokenizer.add_tokens(wanted, special_tokens=True) if wanted else 0
+    if new and len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = embeddings.weight.data
+            rows[-new:] = rows[:-new].mean(dim=0, keepdim=True)
+
+
+def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> dict:
+    """Set what is trained; returns the number of trained parameters by part of the model.
+
+    ValueError if a switch asks for a part that the model does not have.
+    """
+    parts = model_args.tunable_parts()
+    if parts is not None:
+        trained = {
+            "language": "mm_language_model" in parts,
+            "projector": "mm_mlp_adapter" in parts,
+            "tower": "mm_vision_tower" in parts,
+        }
+    elif model_args.tune_mm_mlp_adapter:
+        trained = {"language": False, "projector": True, "tower": False}
+    else:
+        trained = {
+            "language": not model_args.freeze_backbone,
+            "projector": not training_args.freeze_mm_mlp_adapter,
+            "tower": training_args.unfreeze_mm_vision_tower,
+        }
+    counts = dict.fromkeys(trained, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(trained[part])
+        counts[part] += parameter.numel() if trained[part] else 0
+    asked = {
+        "projector": model_args.tune_mm_mlp_adapter,
+        "tower": training_args.unfreeze_mm_vision_tower,
+    }
+    for part, wanted in asked.items():
+        if wanted and not counts[part]:
+            raise ValueError(f"the {part} is to be trained, but there is none: give --vision_tower")
+    if not sum(counts.values()):
+        raise ValueError("nothing to train: the flags freeze every part of the model")
+    return counts
+
+
+def write_settings(
+    model: Any,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Put everything that belongs to the checkpoint into its config, the plan included.
+
+    Raises ValueError for a plan that does not fit the model, or a context that cannot hold a
+    picture.
+    """
+    config = model.config
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = training_args.model_max_length
+    known = model_args.version in conv_templates
+    config.conv_mode = model_args.version if known else "vicuna_v1"  # what evaluation asks with
+    if getattr(config, "max_position_embeddings", 0) < training_args.model_max_length:
+        logger.info("max_position_embeddings raised to %d", training_args.model_max_length)
+        config.max_position_embeddings = training_args.model_max_length
+    plan, source = resolve_plan(model_args.plan(), config)
+    plan.validate(config.num_hidden_layers)
+    config.visual_token_reduction = plan.to_dict() if plan.cuts else None
+    logger.info("plan: %s (from %s)", plan, source)
+    if not model_args.vision_tower:
+        return
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+    config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter
+    config.unfreeze_mm_vision_tower = training_args.unfreeze_mm_vision_tower
+    config.mm_projector_lr = training_args.mm_projector_lr
+    config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
+    tower = model.get_vision_tower()
+    if data_args.image_aspect_ratio == "anyres":
+        config.image_grid_pinpoints = parse_pinpoints(
+            data_args.image_grid_pinpoints, crop_side(tower.image_processor)
+        )
+    check_max_length(training_args.model_max_length, tower.num_patches)
+
+
+def check_plan(model_args: ModelArguments) -> None:
+    """ValueError for a plan that does not fit the base, before its weights are read."""
+    layers = read_config(model_args)[1].get("num_hidden_layers")
+    plan = model_args.plan()
+    if plan is not None and isinstance(layers, int):
+        plan.validate(layers)
+
+
+# -------------------------------------------------------------------------------------------- data
+def check_paths(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """FileNotFoundError for a file or folder that is not there, before anything large is loaded."""
+    for path in (data_args.data_path, data_args.eval_data_path):
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"data file not found: {path}")
+    folder = data_args.image_folder
+    if folder and not Path(folder).is_dir():
+        raise FileNotFoundError(f"image folder not found: {folder}")
+    adapter = model_args.pretrain_mm_mlp_adapter
+    if adapter and not Path(adapter).is_file():
+        raise FileNotFoundError(f"--pretrain_mm_mlp_adapter not found: {adapter}")
+
+
+def make_datasets(
+    model: Any,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> tuple[LazySupervisedDataset, LazySupervisedDataset | None]:
+    """The training set and, if asked for, the validation set."""
+    reader = None
+    tower = model.get_vision_tower() if model_args.vision_tower else None
+    if tower is not None:
+        reader = ImageReader(
+            tower.image_processor,
+            model.config,
+            patches_per_side=int(tower.num_patches**0.5),
+            folder=data_args.image_folder or "",
+            cache_mb=data_args.image_cache_mb,
+        )
+
+    def dataset(path: str) -> LazySupervisedDataset:
+        made = LazySupervisedDataset(
+            JsonRecords(path),
+            tokenizer,
+            training_template(model_args.version),
+            reader=reader,
+            max_length=training_args.model_max_length,
+            label_mode=data_args.label_mode,
+            use_im_start_end=model_args.mm_use_im_start_end,
+            cache_text=data_args.cache_text,
+            skip_bad_samples=data_args.skip_bad_samples,
+            name=path,
+        )
+        check_first_samples(made)
+        return made
+
+    train = dataset(str(data_args.data_path))
+    return train, dataset(data_args.eval_data_path) if data_args.eval_data_path else None
+
+
+def show_samples(dataset: LazySupervisedDataset, tokenizer: Any, count: int) -> None:
+    """Write the supervised text of the first samples to stdout."""
+    for index in range(min(count, len(dataset))):
+        spans = supervised_text(dataset[index], tokenizer.decode)
+        sys.stdout.write(f"{dataset.describe(index)}: {json.dumps(spans, ensure_ascii=False)}\n")
+
+
+# --------------------------------------------------------------------------------------------- run
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> dict[str, Any]:
+    """One training run from parsed arguments; returns what is written to train_summary.json."""
+    check_paths(model_args, data_args)
+    set_seed(training_args.seed)
+    transformers.utils.logging.disable_progress_bar()
+    check_plan(model_args)
+    transformers.utils.logging.set_verbosity_error()  # what it warns of is judged by check_loaded
+    tokenizer = load_tokenizer(model_args, training_args.model_max_length)
+    try:
+        model = load_model(model_args, training_args)
+    except ImportError as error:  # an attention backend whose package is missing
+        raise ValueError(f"the model needs a package that is not installed: {error}") from error
+    transformers.utils.logging.set_verbosity_warning()
+    write_settings(model, tokenizer, model_args, data_args, training_args)
+    add_image_tokens(model, tokenizer, model_args)
+    counts = freeze(model, model_args, training_args)
+    logger.info("trained parameters: %s", ", ".join(f"{k} {v:,}" for k, v in counts.items()))
+    train_set, eval_set = make_datasets(model, tokenizer, model_args, data_args, training_args)
+    logger.info("%s: %d samples", data_args.data_path, len(train_set))
+    if data_args.dry_run_data:
+        show_samples(train_set, tokenizer, data_args.dry_run_data)
+        return {}
+    trainer = LLaVATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        projector_only=model_args.tune_mm_mlp_adapter,
+        image_processor=getattr(model.get_vision_tower(), "image_processor", None),
+    )
+    started = time.time()
+    result = fit(trainer, checkpoint_to_resume(training_args))
+    trainer.save_state()
+    trainer.save_model(training_args.output_dir)
+    return {
+        "seconds": round(time.time() - started, 1),
+        "steps": result.global_step,
+        "train_loss": result.training_loss,
+        "samples": len(train_set),
+        "trained_parameters": counts,
+        "plan": model.config.visual_token_reduction,
+        "seed": training_args.seed,
+        "environment": environment(),
+    }
+
+
+def fit(trainer: LLaVATrainer, resume: str | bool | None) -> Any:
+    """Trainer.train, with the complaint of a data worker in place of its traceback."""
+    try:
+        return trainer.train(resume_from_checkpoint=resume)
+    except ValueError as error:
+        text = str(error)
+        if "Original Traceback" not in text:
+            raise
+        raise ValueError(text.strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
+    """What to resume from: the flag's, else the last checkpoint of the output folder, else none."""
+    wanted = training_args.resume_from_checkpoint
+    if wanted is not None:
+        return {"True": True, "true": True, "False": None, "false": None}.get(wanted, wanted)
+    found = any(Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json"))
+    if not found or training_args.overwrite_output_dir:
+        return None
+    logger.info("going on from the last checkpoint in %s", training_args.output_dir)
+    return True
+
+
+@user_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: bad input ends in one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, training_args = parse_args(arguments)
+    summary = train(model_args, data_args, training_args)
+    if summary:
+        path = Path(training_args.output_dir) / SUMMARY_FILE
+        json_dump(path, {"command": arguments, **summary})
+        logger.info("saved to %s (%.0f s)", training_args.output_dir, summary["seconds"])
+
+
+if __name__ == "__main__":
+    main()
