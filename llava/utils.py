@@ -57,12 +57,31 @@ def get_logger(name: str) -> logging.Logger:
     return root if name == "llava" else root.getChild(name.removeprefix("llava."))
 
 
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
 def progress(iterable: Iterable[Item], desc: str = "", total: int | None = None) -> Iterable[Item]:
     """``iterable`` with a bar on stderr; silent on ranks above 0 and with ``LLAVA_PROGRESS=0``."""
     from tqdm import tqdm
 
-    off = rank() != 0 or os.environ.get("LLAVA_PROGRESS", "1") == "0"
+    off = rank() != 0 or _quiet.get() or os.environ.get("LLAVA_PROGRESS", "1") == "0"
     return tqdm(iterable, desc=desc, total=total, file=sys.stderr, disable=off, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block no new progress bar appears and loggers only warn.
+
+    For a caller that shows one bar of its own over many calls.
+    """
+    root = get_logger("llava")
+    level, token = root.level, _quiet.set(True)
+    root.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        _quiet.reset(token)
 
 
 # ----------------------------------------------------------------------------- files

@@ -134,3 +134,18 @@ def test_loggers_hang_below_one_root() -> None:
 
 def test_progress_passes_items_on() -> None:
     assert list(utils.progress(range(3), "x", 3)) == [0, 1, 2]
+
+
+def test_quiet_hides_bars_and_talk_and_gives_them_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVA_PROGRESS", "1")
+    root = utils.get_logger("llava")
+    level = root.level
+    with utils.quiet():
+        assert list(utils.progress([1, 2], "hidden")) == [1, 2]
+        assert root.level >= logging.WARNING
+    assert capsys.readouterr().err == ""
+    assert root.level == level
+    assert list(utils.progress([1, 2], "shown")) == [1, 2]
+    assert "shown" in capsys.readouterr().err

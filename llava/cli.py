@@ -1,0 +1,81 @@
+"""``llava <command>``: one table, each command imported only when it is used.
+
+Special here: ``llava --help`` imports neither torch nor transformers. A new command is one line in
+``COMMANDS``; its function takes the rest of the command line and answers ``--help`` itself.
+``llava --help`` · ``llava flops --preset llava-1.5-7b``
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from llava import __version__
+from llava.utils import user_errors
+
+
+class Command(NamedTuple):
+    """Where a command lives and the line ``llava --help`` shows for it."""
+
+    target: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("llava.train.train:main", "train a model (LLaVA's flags)"),
+    "eval": Command("llava.eval.run:main", "run benchmarks and score them"),
+    "answer": Command("llava.eval.answer:main", "answer a question file (LLaVA's flags)"),
+    "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
+    "flops": Command("llava.reduction.flops:main", "cost of a plan in closed form"),
+    "digits": Command("llava.digits.build:main", "build the digits data set"),
+    "quickstart": Command("llava.quickstart:main", "the shipped models, with and without dropping"),
+}
+
+
+def usage() -> str:
+    """What ``llava --help`` prints."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: llava <command> [options]",
+            "",
+            "LLaVA models with fewer visual tokens.",
+            "",
+            *lines,
+            "",
+            "llava <command> --help shows a command's options; llava --version the version.",
+        ]
+    )
+
+
+def load(name: str) -> Callable[[Sequence[str]], object]:
+    """The function behind a command.
+
+    Raises:
+        ValueError: no such command; the message lists what there is.
+    """
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
+    module, function = COMMANDS[name].target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@user_errors()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names on the arguments behind it."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"llava {__version__}")
+        return 0
+    result = load(words[0])(words[1:])
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""The measurements of the quickstart: shipped checkpoints, with and without dropping.
+
+Special here: every plan answers the same questions through the loop that `llava eval` uses; costs
+come from the lengths of real prompts, times from one real batch with all plans in turn.
+`llava.quickstart` builds the data first and writes the results: ``llava quickstart``.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.conversation import resolve_conv_mode
+from llava.eval.benchmarks import LoadedBenchmark, load_benchmark
+from llava.eval.questions import Question
+from llava.eval.run import Result, evaluate
+from llava.eval.speed import Workload, time_plans
+from llava.mm_utils import load_image
+from llava.prompting import build_prompt, prepare_batch
+from llava.reduction import ReductionPlan, flops
+from llava.reduction.flops import ModelShape
+from llava.utils import progress, quiet
+
+METHODS = ("pyramiddrop", "random", "uniform")
+BUDGETS = (0.6, 0.5, 0.3)
+COST_SAMPLE = 64
+"""Questions of each set whose lengths give its cost."""
+
+
+# ----------------------------------------------------------------------------- plans, checkpoints
+@dataclass(frozen=True)
+class Setting:
+    """One column of the experiment. budget: share λ each cut keeps of the stage before it."""
+
+    label: str
+    plan: ReductionPlan
+    budget: float | None = None
+    blind: bool = False
+
+
+def settings(layers: Sequence[int], budgets: Sequence[float] = BUDGETS) -> list[Setting]:
+    """none, blind, and each method at each budget, with cuts in front of `layers`."""
+    found = [Setting("none", ReductionPlan()), Setting("blind", ReductionPlan(), blind=True)]
+    for method in METHODS:
+        for budget in budgets:
+            ratios = [round(budget ** (k + 1), 6) for k in range(len(layers))]
+            text = f"{method}:layers={list(layers)},ratios={ratios}"
+            found.append(Setting(f"{method} λ {budget:g}", ReductionPlan.parse(text), budget))
+    return found
+
+
+def cut_layers(checkpoints: Sequence[Checkpoint]) -> list[int]:
+    """Where to cut: as a checkpoint that was trained with a plan says, else at the quarters."""
+    for checkpoint in checkpoints:
+        plan = ReductionPlan.parse(checkpoint.stored_plan)
+        if plan.cuts:
+            return [cut.at for cut in plan.cuts]
+    depth = checkpoints[0].model.config.num_hidden_layers
+    return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model and what it needs to read a question."""
+
+    name: str
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> Checkpoint:
+        """Raises FileNotFoundError for a folder that is not there, ValueError for a broken one."""
+        from transformers.utils.logging import disable_progress_bar
+
+        from llava.model.builder import load_pretrained_model
+
+        disable_progress_bar()
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no checkpoint in {folder}: config.json is missing")
+        tokenizer, model, processor, _ = load_pretrained_model(str(folder), device=device)
+        return cls(folder.name, tokenizer, model, processor)
+
+    @property
+    def stored_plan(self) -> Any:
+        """The plan the checkpoint was trained with, as its config has it."""
+        return getattr(self.model.config, "visual_token_reduction", None)
+
+    @property
+    def shape(self) -> ModelShape:
+        """What its cost depends on."""
+        return ModelShape.from_config(self.model.config, self.model.get_vision_tower().config)
+
+    def batch(self, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
+        """Model inputs of some questions, left-padded."""
+        config = self.model.config
+        conv_mode, _ = resolve_conv_mode(None, config, self.name)
+        start_end = getattr(config, "mm_use_im_start_end", False)
+        prompts = [
+            build_prompt(q.text, conv_mode, len(q.images), start_end, self.tokenizer)
+            for q in questions
+        ]
+        pictures = [[load_image(folder / image) for image in q.images] for q in questions]
+        return prepare_batch(self.tokenizer, self.image_processor, config, prompts, pictures)
+
+    def workload(self, questions: Sequence[Question], folder: Path, new_tokens: int) -> Workload:
+        """Some questions as a batch for the timing harness."""
+        batch = self.batch(questions, folder)
+        return Workload(
+            self.model,
+            self.shape,
+            batch["input_ids"],
+            list(batch["images"]),
+            mask=batch["attention_mask"],
+            new_tokens=new_tokens,
+        )
+
+
+# ----------------------------------------------------------------------------- accuracy
+def run(
+    checkpoint: Checkpoint, loaded: LoadedBenchmark, setting: Setting, batch_size: int = 64
+) -> Result:
+    """Answer and score one set with one plan, silently."""
+    with quiet():
+        return evaluate(
+            checkpoint.model,
+            checkpoint.tokenizer,
+            checkpoint.image_processor,
+            loaded,
+            reduction=setting.plan,
+            batch_size=batch_size,
+            blind=setting.blind,
+            model_id=checkpoint.name,
+        )
+
+
+def questions_per_second(checkpoint: Checkpoint, loaded: LoadedBenchmark, batch_size: int) -> float:
+    """How fast one thread answers, from two batches without a plan (the first warms up)."""
+    batches = loaded.questions[:batch_size], loaded.questions[batch_size : 2 * batch_size]
+    rate = 0.0
+    for questions in filter(None, batches):
+        start = time.perf_counter()
+        run(checkpoint, replace(loaded, questions=questions), Setting("none", ReductionPlan()))
+        rate = len(questions) / (time.perf_counter() - start)
+    return rate
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set answered by one checkpoint with one plan; a worker needs no more than this."""
+
+    folder: str
+    data_root: str
+    name: str
+    setting: Setting
+    limit: int | None
+    batch_size: int
+
+
+_load_checkpoint = functools.lru_cache(maxsize=None)(Checkpoint.load)
+_load_set = functools.lru_cache(maxsize=None)(load_benchmark)
+
+
+def do_job(job: Job) -> dict[str, Any]:
+    """The result row of one job."""
+    loaded = _load_set(job.name, job.data_root, job.limit)
+    return run(_load_checkpoint(job.folder), loaded, job.setting, job.batch_size).row
+
+
+def do_jobs(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
+    """All result rows in the order of the jobs, with one bar over them.
+
+    Small models do not get faster with threads: each worker is a process with one thread.
+    """
+    if workers == 1:
+        return [do_job(job) for job in progress(jobs, "answering", len(jobs))]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        rows = list(progress(pool.imap(do_job, jobs), "answering", len(jobs)))
+        pool.close()
+        pool.join()
+    return rows
+
+
+def cost_row(
+    checkpoint: Checkpoint, loaded: LoadedBenchmark, plans: Sequence[Setting]
+) -> dict[str, dict[str, Any]]:
+    """Mean cost of a question of this set under each plan, by the plan's label."""
+    batch = checkpoint.batch(loaded.questions[:COST_SAMPLE], loaded.image_folder)
+    with torch.inference_mode():
+        layout = checkpoint.model.build_sequence(
+            batch["input_ids"], batch["attention_mask"], images=batch["images"], kind="left"
+        ).layout
+    shape, samples, found = checkpoint.shape, len(layout.lengths), {}
+    for setting in plans:
+        stages = setting.plan.schedule(layout, shape.layers)
+        found[setting.label] = {
+            "visual_tmacs": flops.mean_visual_macs(shape, stages) / flops.TERA,
+            "full_tflops": flops.prefill_flops(shape, stages) / samples / flops.TERA,
+            "kept_tokens": [stage.visual[0] for stage in stages],
+        }
+    return found
+
+
+def rows(
+    checkpoint: Checkpoint,
+    sets: Sequence[LoadedBenchmark],
+    plans: Sequence[Setting],
+    answered: Sequence[Mapping[str, Any]],
+    times: Mapping[str, Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """The rows of summary.json for one checkpoint.
+
+    answered: its result rows, sets within plans. times: by label, as `times` returns them.
+    """
+    costs = {loaded.benchmark.name: cost_row(checkpoint, loaded, plans) for loaded in sets}
+    settings_of = [setting for setting in plans for _ in sets]
+    return [
+        {
+            "checkpoint": checkpoint.name,
+            "plan": "blind" if setting.blind else row["plan"],
+            **{key: row[key] for key in ("set", "accuracy", "low", "high", "n")},
+            **costs[row["set"]][setting.label],
+            **times["none" if setting.blind else setting.label],
+            "budget": setting.budget,
+        }
+        for setting, row in zip(settings_of, answered, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------- times
+def times(
+    checkpoint: Checkpoint,
+    loaded: LoadedBenchmark,
+    plans: Sequence[Setting],
+    *,
+    batch: int = 32,
+    repeats: int = 5,
+) -> dict[str, dict[str, Any]]:
+    """Prefill and decode time of one real batch under each plan, by label (see `time_plans`)."""
+    work = checkpoint.workload(loaded.questions[:batch], loaded.image_folder, new_tokens=4)
+    seeing = {setting.label: setting.plan for setting in plans if not setting.blind}
+    found = time_plans(work, seeing, repeats)
+    found["none"]["share_of_ideal"] = None
+    return found
+
+
+# ----------------------------------------------------------------------------- survivors
+def surviving_cells(
+    checkpoint: Checkpoint, question: Question, folder: Path, plan: ReductionPlan
+) -> tuple[tuple[int, int], list[dict[str, Any]]]:
+    """Which cells of the picture are left in each stage: the grid, and per stage `start`, `stop`
+    (layers start .. stop-1) and `kept` (cells, counted row by row).
+
+    Raises:
+        ValueError: the question has not exactly one picture.
+    """
+    if len(question.images) != 1:
+        raise ValueError(f"question {question.question_id!r} has {len(question.images)} pictures")
+    batch = checkpoint.batch([question], folder)
+    with torch.inference_mode():
+        whole = checkpoint.model.build_sequence(batch["input_ids"], images=batch["images"])
+        out = checkpoint.model(
+            batch["input_ids"], images=batch["images"], reduction=plan, return_trace=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+    cells = whole.cell[0]
+    visual = cells[:, 0] >= 0
+    height, width = (int(value) + 1 for value in cells[visual][:, 1:].amax(0))
+    index = cells[:, 1] * width + cells[:, 2]
+    kept = [sorted(index[visual].tolist())]
+    for cut in out.trace:
+        left = cut.origin[cut.keep & cut.valid]
+        kept.append(sorted(index[left].tolist()))
+    stages = [
+        {"start": stage.start, "stop": stage.stop, "kept": cells_left}
+        for stage, cells_left in zip(out.stages, kept, strict=True)
+    ]
+    return (height, width), stages
+
+
+def picture_uri(path: Path) -> str:
+    """A picture as a `data:` URI."""
+    buffer = io.BytesIO()
+    load_image(path).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def pick_questions(loaded: LoadedBenchmark, count: int) -> list[Question]:
+    """The first picture's questions, up to `count` with different texts."""
+    first = loaded.questions[0].images
+    texts: dict[str, Question] = {}
+    for question in loaded.questions:
+        if question.images == first and len(question.images) == 1:
+            texts.setdefault(question.text, question)
+    return list(texts.values())[:count]
+
+
+def examples(
+    checkpoint: Checkpoint, sets: Sequence[LoadedBenchmark], setting: Setting
+) -> list[dict[str, Any]]:
+    """What survives for a few questions: three about one picture, one of each further set."""
+    found = []
+    for number, loaded in enumerate(sets):
+        chosen = pick_questions(loaded, 3 if number == 0 else 1)
+        result = run(checkpoint, replace(loaded, questions=chosen), setting)
+        for question, item in zip(chosen, result.scores.per_item, strict=True):
+            path = loaded.image_folder / question.images[0]
+            grid, stages = surviving_cells(checkpoint, question, loaded.image_folder, setting.plan)
+            found.append(
+                {
+                    "checkpoint": checkpoint.name,
+                    "plan": str(setting.plan),
+                    "plan_label": setting.label,
+                    "set": loaded.benchmark.name,
+                    "question": question.text,
+                    "answer": item["prediction"] or "",
+                    "label": item["label"],
+                    "correct": bool(item["score"]),
+                    "image": picture_uri(path),
+                    "grid": list(grid),
+                    "stages": stages,
+                }
+            )
+    return found

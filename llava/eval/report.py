@@ -1,0 +1,547 @@
+"""From measured rows to a table on the terminal and one self-contained page.
+
+Special here: `summary.json` is the only input, so the page can be made again without a model; the
+page has inline SVG and no script, font or picture from elsewhere.
+``python -m llava.eval.report results/quickstart/summary.json`` writes ``index.html`` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from llava.eval import charts
+from llava.utils import atomic_write, user_errors
+
+Row = Mapping[str, Any]
+ROW_KEYS = (
+    "checkpoint", "plan", "set", "accuracy", "low", "high", "n", "visual_tmacs", "full_tflops",
+    "prefill_ms", "decode_ms", "share_of_ideal",
+)  # fmt: skip
+"""Keys every row of summary.json has. Accuracies are in per cent."""
+
+
+# ----------------------------------------------------------------------------- numbers
+def method_of(plan: str) -> str:
+    """``pyramiddrop:layers=...`` is ``pyramiddrop``; ``none`` and ``blind`` are themselves."""
+    return plan.split(":", 1)[0]
+
+
+def unique(values: Sequence[str]) -> list[str]:
+    """Without repetition, in the order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def mean_row(rows: Sequence[Row]) -> dict[str, Any]:
+    """The rows of one plan over several sets as one row, set ``mean``.
+
+    Each set counts the same. The sets hold different pictures, so the half-widths of their
+    intervals add in squares.
+
+    Raises:
+        ValueError: no row.
+    """
+    if not rows:
+        raise ValueError("mean_row: there are no rows")
+    count = len(rows)
+    mean = sum(row["accuracy"] for row in rows) / count
+    down = math.sqrt(sum((row["accuracy"] - row["low"]) ** 2 for row in rows)) / count
+    up = math.sqrt(sum((row["high"] - row["accuracy"]) ** 2 for row in rows)) / count
+    return {
+        **rows[0],
+        "set": "mean",
+        "accuracy": mean,
+        "low": mean - down,
+        "high": mean + up,
+        "n": sum(row["n"] for row in rows),
+    }
+
+
+def by_plan(rows: Sequence[Row], checkpoint: str) -> dict[str, list[Row]]:
+    """A checkpoint's rows, grouped by plan in the order they were measured."""
+    mine = [row for row in rows if row["checkpoint"] == checkpoint]
+    return {
+        plan: [row for row in mine if row["plan"] == plan]
+        for plan in unique([row["plan"] for row in mine])
+    }
+
+
+def plan_label(row: Row) -> str:
+    """How a plan is called in tables: ``pyramiddrop λ 0.5``."""
+    budget = row.get("budget")
+    return method_of(row["plan"]) + (f" λ {budget:g}" if budget is not None else "")
+
+
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """Read and check a summary.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or rows or keys are missing.
+    """
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    for row in rows:
+        missing = [key for key in ROW_KEYS if key not in row]
+        if missing:
+            raise ValueError(f"{path}: a row lacks {', '.join(missing)}")
+    return data
+
+
+def figure(value: float | None, digits: int = 1, unit: str = "") -> str:
+    """A number for a table, a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}{unit}"
+
+
+# ----------------------------------------------------------------------------- terminal
+def format_table(rows: Sequence[Row]) -> str:
+    """All plans and sets of all checkpoints as a text table."""
+    sets = unique([row["set"] for row in rows])
+    head = ["plan", *[name.removeprefix("digits_") for name in sets], "mean", "MFLOPs", "prefill",
+            "decode", "of ideal"]  # fmt: skip
+    blocks = []
+    for checkpoint in unique([row["checkpoint"] for row in rows]):
+        body = [head]
+        for group in by_plan(rows, checkpoint).values():
+            found = {row["set"]: row for row in group}
+            mean = mean_row(group)
+            body.append(
+                [
+                    plan_label(mean),
+                    *[figure(found[s]["accuracy"]) if s in found else "–" for s in sets],
+                    f"{mean['accuracy']:.1f} ±{(mean['high'] - mean['low']) / 2:.1f}",
+                    figure(scaled(mean["full_tflops"], 1e6), 0),
+                    figure(mean["prefill_ms"], 1, " ms"),
+                    figure(mean["decode_ms"], 1, " ms"),
+                    figure(scaled(mean["share_of_ideal"], 100), 0, " %"),
+                ]
+            )
+        blocks.append(f"{checkpoint}\n{align(body)}")
+    n = sorted({row["n"] for row in rows})
+    spread = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
+    note = (
+        f"Accuracy in per cent, {spread} questions a set, mean with its 95 % interval. MFLOPs: "
+        "prefill of one question, full convention. Times: a batch, CPU time; share of the ideal "
+        "prefill speed-up."
+    )
+    return "\n\n".join([*blocks, note])
+
+
+def scaled(value: float | None, factor: float) -> float | None:
+    """``value * factor``; None stays None."""
+    return None if value is None else value * factor
+
+
+def align(table: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first to the left, the others to the right; a rule below."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ----------------------------------------------------------------------------- page
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f6f8; color: #1a1d23;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.01em; }
+h2 { font-size: 20px; margin: 0 0 4px; }
+h3 { font-size: 15px; margin: 14px 0 6px; }
+p { margin: 0 0 12px; max-width: 76ch; }
+.lead { font-size: 17px; color: #3d4451; }
+.note { color: #5c6472; font-size: 14px; }
+section { background: #fff; border: 1px solid #e1e4ea; border-radius: 10px; padding: 24px;
+  margin-top: 20px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
+  margin-top: 22px; }
+.card { background: #fff; border: 1px solid #e1e4ea; border-radius: 10px; padding: 16px 18px; }
+.card b { display: block; font-size: 26px; line-height: 1.2; letter-spacing: -.01em;
+  font-variant-numeric: tabular-nums; }
+.card span { font-size: 13.5px; color: #5c6472; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 24px; }
+.five { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; }
+svg { display: block; width: 100%; height: auto; font-family: inherit; }
+svg .tick { font-size: 11px; fill: #5c6472; }
+svg .axis { font-size: 12px; fill: #3d4451; }
+svg .figure { font-size: 11.5px; fill: #1a1d23; font-variant-numeric: tabular-nums; }
+svg .gone { fill: #fff; fill-opacity: .88; shape-rendering: crispEdges; }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 6px 0 12px; font-size: 14px; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%;
+  margin-right: 6px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 7px; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 1.5px solid #98a0ad; font-weight: 600; }
+tbody tr + tr td { border-top: 1px solid #eceef2; }
+tbody tr.none td { background: #f5f6f8; font-weight: 600; }
+td i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; }
+td small { color: #7a8290; }
+.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr));
+  gap: 8px 36px; }
+.example { border-top: 1px solid #eceef2; padding: 10px 0 6px; }
+.stages { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
+.stages figure { margin: 0; }
+.stages svg { border: 1px solid #d5d9e0; border-radius: 4px; }
+figcaption { font-size: 12.5px; color: #5c6472; margin-top: 4px; }
+code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; background: #eef0f4;
+  padding: 1px 5px; border-radius: 4px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 14px;
+  margin: 0; }
+dt { color: #5c6472; }
+dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 480px) { main { padding: 24px 12px; } section { padding: 16px; }
+  .two, .examples { grid-template-columns: 1fr; } .stages { grid-template-columns: 1fr 1fr; } }
+@media print { body { background: #fff; } section, .card { break-inside: avoid; } }
+"""
+
+
+def page(summary: Mapping[str, Any]) -> str:
+    """The whole page as text.
+
+    Args:
+        summary: ``rows`` as in summary.json and, where they were measured, ``bench`` (what ``llava
+            bench --json`` writes), ``examples``, ``sets``, ``timing_batch``, ``environment``.
+    """
+    rows = summary["rows"]
+    checkpoints = unique([row["checkpoint"] for row in rows])
+    parts = [
+        introduction(summary),
+        f'<div class="cards">{"".join(cards(summary))}</div>',
+        section(
+            "Accuracy against cost",
+            "Mean over the sets with 95 % intervals. Cost is the decoder's prefill of one question "
+            "in millions of floating-point operations: text included, causal attention halved. "
+            "“blind” answers without seeing the picture.",
+            legend(rows) + two(mean_charts(rows, checkpoints)),
+        ),
+        section("Set by set", "", "".join(set_charts(summary, name) for name in checkpoints)),
+        section(
+            "All figures",
+            "Accuracy in per cent. λ is the share of visual tokens each cut keeps of the stage "
+            "before it.",
+            "".join(full_table(rows, name) for name in checkpoints),
+        ),
+        times_section(summary, checkpoints),
+        bench_section(summary.get("bench")),
+        examples_section(summary.get("examples", ())),
+        environment_section(summary),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<title>Fewer visual tokens: quickstart</title>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, text: str, content: str) -> str:
+    """One white box of the page."""
+    note = f"<p>{escape(text)}</p>" if text else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{note}\n{content}\n</section>"
+
+
+def two(charts_: Sequence[str]) -> str:
+    """Charts side by side."""
+    return '<div class="two">' + "".join(f"<div>{chart}</div>" for chart in charts_) + "</div>"
+
+
+def introduction(summary: Mapping[str, Any]) -> str:
+    """Title and what was measured."""
+    rows = summary["rows"]
+    sets = len(unique([row["set"] for row in rows]))
+    n = sum(row["n"] for row in by_first_plan(rows))
+    amount = "all " if summary.get("full") else ""
+    return (
+        "<header><h1>What do fewer visual tokens cost, and what do they save?</h1>"
+        '<p class="lead">A tiny LLaVA looks at pictures of handwritten digits and answers '
+        f"questions about them: {amount}{n} questions of {sets} sets. After some of its layers it "
+        "drops visual tokens: those the question looks at least (PyramidDrop), any (random), or at "
+        "an even stride (uniform).</p></header>"
+    )
+
+
+def by_first_plan(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the first checkpoint and plan: one a set."""
+    first = rows[0]
+    key = (first["checkpoint"], first["plan"])
+    return [row for row in rows if (row["checkpoint"], row["plan"]) == key]
+
+
+def cards(summary: Mapping[str, Any]) -> list[str]:
+    """The headline figures."""
+    rows, found = summary["rows"], []
+    for checkpoint in unique([row["checkpoint"] for row in rows]):
+        plans = by_plan(rows, checkpoint)
+        half = next(
+            (g for g in plans.values() if method_of(g[0]["plan"]) == "pyramiddrop"
+             and g[0].get("budget") == 0.5), None
+        )  # fmt: skip
+        if half is None or "none" not in plans:
+            continue
+        none, cut = mean_row(plans["none"]), mean_row(half)
+        found.append(
+            card(
+                f"{none['accuracy']:.1f} → {cut['accuracy']:.1f} %",
+                f"{checkpoint}: mean accuracy without dropping → PyramidDrop λ 0.5",
+            )
+        )
+        if len(found) == 1:
+            share = cut["full_tflops"] / none["full_tflops"]
+            found.insert(0, card(f"{share:.0%}", "of the prefill FLOPs are left with λ 0.5"))
+    bench = summary.get("bench")
+    if bench:
+        prefill = bench["prefill"]
+        found.append(
+            card(
+                f"{prefill['speedup']:.2f}×",
+                f"faster prefill at a larger size (cpu-512), {prefill['share_of_ideal']:.0%} of "
+                "the ideal",
+            )
+        )
+    return found
+
+
+def card(number: str, label: str) -> str:
+    """One headline figure."""
+    return f'<div class="card"><b>{escape(number)}</b><span>{escape(label)}</span></div>'
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """Colours of the methods."""
+    names = unique([method_of(row["plan"]) for row in rows])
+    words = {"none": "no dropping", "pyramiddrop": "PyramidDrop"}
+    items = (
+        f'<span><i style="background:{charts.colour(name)}"></i>{escape(words.get(name, name))}'
+        "</span>"
+        for name in names
+    )
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def accuracy_series(rows: Sequence[Row]) -> tuple[dict[str, list[charts.Point]], dict[str, float]]:
+    """Rows (one a plan) as lines of a chart, and the level of ``blind``."""
+    series: dict[str, list[charts.Point]] = {}
+    levels: dict[str, float] = {}
+    for row in rows:
+        name = method_of(row["plan"])
+        if name == "blind":
+            levels["blind"] = row["accuracy"]
+            continue
+        interval = f"[{row['low']:.1f}, {row['high']:.1f}]"
+        label = f"{plan_label(row)}: {row['accuracy']:.1f} % {interval}, n = {row['n']}"
+        point = charts.Point(
+            1e6 * row["full_tflops"], row["accuracy"], row["low"], row["high"], label
+        )
+        series.setdefault(name, []).append(point)
+    return series, levels
+
+
+def mean_charts(rows: Sequence[Row], checkpoints: Sequence[str]) -> list[str]:
+    """One chart a checkpoint over the mean of all sets."""
+    found = []
+    for checkpoint in checkpoints:
+        means = [mean_row(group) for group in by_plan(rows, checkpoint).values()]
+        series, levels = accuracy_series(means)
+        chart = charts.accuracy_chart(series, levels, x_title="MFLOPs a question (prefill)")
+        found.append(f"<h3>{escape(checkpoint)}</h3>{chart}")
+    return found
+
+
+def set_charts(summary: Mapping[str, Any], checkpoint: str) -> str:
+    """Small charts of one checkpoint, one a set."""
+    rows = [row for row in summary["rows"] if row["checkpoint"] == checkpoint]
+    facts = summary.get("sets", {})
+    found = []
+    for name in unique([row["set"] for row in rows]):
+        series, levels = accuracy_series([row for row in rows if row["set"] == name])
+        chart = charts.accuracy_chart(series, levels, x_title="MFLOPs", y_title="", size=(230, 190))
+        chance = facts.get(name, {}).get("chance")
+        note = f' <span class="note">chance {chance:.3g} %</span>' if chance is not None else ""
+        label = escape(name.removeprefix("digits_"))
+        found.append(f"<div><h3>{label}{note}</h3>{chart}</div>")
+    return f'<h3>{escape(checkpoint)}</h3><div class="five">{"".join(found)}</div>'
+
+
+def full_table(rows: Sequence[Row], checkpoint: str) -> str:
+    """Every plan and set of one checkpoint."""
+    groups = by_plan(rows, checkpoint)
+    sets = unique([row["set"] for row in rows if row["checkpoint"] == checkpoint])
+    head = ["plan", *[name.removeprefix("digits_") for name in sets], "mean", "visual MACs, M",
+            "MFLOPs", "kept tokens"]  # fmt: skip
+    body = []
+    for plan, group in groups.items():
+        found = {row["set"]: row for row in group}
+        mean, name = mean_row(group), method_of(plan)
+        dot = f'<i style="background:{charts.colour(name)}"></i>'
+        kept = mean.get("kept_tokens")
+        cells = [
+            dot + escape(plan_label(mean)),
+            *[with_interval(found[s]) if s in found else "–" for s in sets],
+            with_interval(mean),
+            figure(scaled(mean["visual_tmacs"], 1e6), 1),
+            figure(scaled(mean["full_tflops"], 1e6), 1),
+            " → ".join(str(count) for count in kept).replace(" ", "\u2009") if kept else "–",
+        ]
+        css = ' class="none"' if name == "none" else ""
+        body.append(f"<tr{css}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<h3>{escape(checkpoint)}</h3>" + table(head, body)
+
+
+def with_interval(row: Row) -> str:
+    """``97.5 ±1.2`` as a table cell."""
+    half = (row["high"] - row["low"]) / 2
+    return f"{row['accuracy']:.1f} <small>±{half:.1f}</small>"
+
+
+def table(head: Sequence[str], body: Sequence[str]) -> str:
+    """A table that scrolls sideways on narrow screens."""
+    cells = "".join(f"<th>{escape(title)}</th>" for title in head)
+    return (
+        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def times_section(summary: Mapping[str, Any], checkpoints: Sequence[str]) -> str:
+    """Measured prefill and decode times of the tiny models."""
+    batch = summary.get("timing_batch", 32)
+    found = []
+    for checkpoint in checkpoints:
+        first = [group[0] for group in by_plan(summary["rows"], checkpoint).values()]
+        for key, title in (("prefill_ms", "prefill"), ("decode_ms", "one decode step")):
+            bars = [
+                (plan_label(row), method_of(row["plan"]), row[key])
+                for row in first
+                if row[key] is not None and method_of(row["plan"]) != "blind"
+            ]
+            if bars:
+                chart = charts.bar_chart(bars, unit="ms")
+                found.append(f"<h3>{escape(checkpoint)}: {title}</h3>{chart}")
+    if not found:
+        return ""
+    return section(
+        f"Measured times at batch {batch}",
+        "CPU time of the process, median of interleaved runs. This model is too small to show what "
+        "dropping saves: a real LLaVA has thousands of times its weights and far longer prompts. "
+        "The next box measures the same code at a larger size.",
+        two(found),
+    )
+
+
+def bench_section(bench: Mapping[str, Any] | None) -> str:
+    """One row of ``llava bench``."""
+    if not bench:
+        return ""
+    body = []
+    labels = {"prefill": "prefill", "decode": "decode, a step", "train_step": "training step"}
+    for key, label in labels.items():
+        part = bench.get(key)
+        if not part:
+            continue
+        low, high = part["speedup_spread"]
+        cells = [
+            label, figure(part["none_ms"], 1, " ms"), figure(part["plan_ms"], 1, " ms"),
+            f"{part['speedup']:.2f}× <small>[{low:.2f}, {high:.2f}]</small>",
+            figure(part["ideal"], 2, "×"),
+            figure(scaled(part["share_of_ideal"], 100), 0, " %"),
+            figure(scaled(part.get("selection_share"), 100), 1, " %"),
+        ]  # fmt: skip
+        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = ["cpu-512", "no dropping", "PyramidDrop", "speed-up", "ideal", "share of ideal",
+            "selection"]  # fmt: skip
+    threads = bench.get("threads", 1)
+    count = "one thread" if threads == 1 else f"{threads} threads"
+    return section(
+        "What dropping saves at a larger size",
+        "llava bench --preset cpu-512: 16 layers of width 512 with random weights, 576 visual and "
+        f"64 text tokens, {count}. The ideal counts the operations of what is timed; selection is "
+        "the share of the prefill spent on choosing tokens.",
+        table(head, body),
+    )
+
+
+def examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Pictures with the tokens that survive each stage."""
+    if not examples:
+        return ""
+    found = []
+    for example in examples:
+        stages = []
+        for stage in example["stages"]:
+            picture = charts.survivors(example["image"], tuple(example["grid"]), stage["kept"])
+            first, last = stage["start"] + 1, stage["stop"]
+            span = f"layer {first}" if first == last else f"layers {first}–{last}"
+            caption = f"{span}: {len(stage['kept'])} tokens"
+            stages.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+        said, right = example["answer"], example["label"]
+        verdict = "right" if example["correct"] else f"wrong, it is “{right}”"
+        found.append(
+            f'<div class="example"><h3>“{escape(example["question"])}”</h3>'
+            f'<p class="note">answer “{escape(said)}” ({escape(verdict)}) · '
+            f"{escape(example['checkpoint'])}, {escape(example['plan_label'])}</p>"
+            f'<div class="stages">{"".join(stages)}</div></div>'
+        )
+    return section(
+        "Which tokens survive",
+        "Visual tokens that have been dropped are faded. What stays depends on the question.",
+        f'<div class="examples">{"".join(found)}</div>',
+    )
+
+
+def environment_section(summary: Mapping[str, Any]) -> str:
+    """Where and how the figures were made."""
+    facts = {**summary.get("run", {}), **summary.get("environment", {})}
+    rows = "".join(
+        f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>"
+        for key, value in facts.items()
+        if value is not None
+    )
+    return section(
+        "How this was made",
+        "",
+        "<p><code>bash scripts/quickstart.sh</code> makes this page; <code>FULL=1</code> takes all "
+        f"questions. The figures are in <code>summary.json</code> beside it.</p><dl>{rows}</dl>",
+    )
+
+
+def write_page(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Write the page, whole or not at all."""
+    content = page(summary)
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+@user_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the page of a summary again."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.report", description="summary.json -> table and index.html"
+    )
+    parser.add_argument("summary", help="a summary.json")
+    parser.add_argument("--page", help="where the page goes (default: index.html beside it)")
+    args = parser.parse_args(argv)
+    summary = read_summary(args.summary)
+    print(format_table(summary["rows"]))
+    write_page(summary, args.page or Path(args.summary).with_name("index.html"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The flags that name a reduction plan, the same on every command line.
+
+``--layer_list`` with ``--image_token_ratio_list`` are PyramidDrop's own flags and mean PyramidDrop;
+``--reduction`` takes any plan. What they mean is decided in `llava.reduction.plan`.
+``llava bench --preset cpu-512 --reduction "random:layers=[4,8],ratios=[0.5,0.25]"``
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llava.reduction.plan import ReductionPlan, plan_from_flags
+
+
+def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--reduction``, ``--layer_list`` and ``--image_token_ratio_list`` to ``parser``."""
+    group = parser.add_argument_group("visual token reduction")
+    group.add_argument(
+        "--reduction",
+        metavar="PLAN",
+        help='a plan: "none", "pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]", plan.json',
+    )
+    group.add_argument("--layer_list", metavar="LIST", help='PyramidDrop\'s layers: "[8,16,24]"')
+    group.add_argument(
+        "--image_token_ratio_list",
+        metavar="LIST",
+        help='PyramidDrop\'s kept shares of the original count: "[0.5,0.25,0.125]"',
+    )
+
+
+def plan_from_args(args: argparse.Namespace) -> ReductionPlan | None:
+    """The plan that parsed flags ask for; None where they say nothing.
+
+    Raises:
+        ValueError: a plan that cannot be read, one list without the other, or both ways at once.
+    """
+    return plan_from_flags(args.reduction, args.layer_list, args.image_token_ratio_list)

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Set-up, ruff, type check and all tests that need no GPU: `bash scripts/test.sh`.
+#
+#   --install-only    stop after the set-up
+#   anything else     goes to pytest, e.g. `bash scripts/test.sh tests/unit -k flops`
+#
+# NO_VENV=1 uses the present Python environment; see scripts/lib.sh for the other variables.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+INSTALL_ONLY=0
+if [ "${1:-}" = --install-only ]; then
+  INSTALL_ONLY=1
+  shift
+fi
+
+setup_env dev,train,eval
+[ "$INSTALL_ONLY" = 1 ] && exit 0
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+failed=()
+say "ruff"
+run "$PY" -m ruff check llava tests scripts || failed+=(ruff)
+say "mypy (core)"
+run "$PY" -m mypy || failed+=(mypy)
+say "pytest"
+run "$PY" -m pytest "$@" || failed+=(pytest)
+
+if [ ${#failed[@]} -gt 0 ]; then
+  die "failed: ${failed[*]}"
+fi

@@ -1,0 +1,134 @@
+"""The quickstart from data to page on two checkpoints with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoint import save_tiny_checkpoint
+
+from llava import quickstart
+from llava.eval import quickstart as measure
+from llava.eval.benchmarks import load_benchmark
+from llava.reduction import ReductionPlan
+
+PLAN = ReductionPlan.pyramid([1, 2, 3], [0.5, 0.25, 0.125])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Two checkpoints (one with a plan of its own) and a data folder with the evaluation sets."""
+    root = tmp_path_factory.mktemp("quickstart")
+    plain = save_tiny_checkpoint(root / "plain")
+    trained = save_tiny_checkpoint(root / "trained", reduction=PLAN.to_dict())
+    quickstart.build_data(root / "data")
+    return plain, trained, root / "data"
+
+
+def test_from_data_to_page(
+    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, trained, data = folders
+    words = ["--checkpoints", str(plain), str(trained), "--data", str(data)]
+    words += ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "copy.json")]
+    quickstart.main([*words, "--limit", "4", "--repeats", "1", "--no-bench", "--workers", "1"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "copy.json").read_text(encoding="utf-8")) == summary
+    rows = summary["rows"]
+    assert len(rows) == 2 * 11 * 5
+    assert {row["checkpoint"] for row in rows} == {"plain", "trained"}
+    for row in rows:
+        assert row["low"] <= row["accuracy"] <= row["high"]
+        assert row["n"] >= 1
+        assert row["prefill_ms"] > 0
+        assert row["decode_ms"] > 0
+    none = next(row for row in rows if row["plan"] == "none")
+    half = next(
+        row for row in rows if row["plan"].startswith("pyramiddrop") and row["budget"] == 0.5
+    )
+    assert half["kept_tokens"] == [16, 8, 4, 2]
+    assert half["visual_tmacs"] < none["visual_tmacs"]
+    assert half["full_tflops"] < none["full_tflops"]
+    assert none["share_of_ideal"] is None
+    assert half["share_of_ideal"] > 0
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4 * len(summary["examples"])
+    assert "pyramiddrop λ 0.5" in capsys.readouterr().out
+
+
+def test_workers_give_the_same_rows(folders: tuple[Path, Path, Path]) -> None:
+    plain, _, data = folders
+    jobs = [
+        measure.Job(str(plain), str(data / "eval"), name, setting, 4, 8)
+        for setting in measure.settings([1, 2, 3], budgets=(0.5,))[:3]
+        for name in ("digits_gqa", "digits_mme")
+    ]
+    pairs = [measure.do_jobs(jobs, workers) for workers in (1, 2)]
+    for alone, spread in zip(*pairs, strict=True):
+        assert {**alone, "questions_per_second": 0} == {**spread, "questions_per_second": 0}
+
+
+def test_cuts_are_those_the_checkpoint_was_trained_with(folders: tuple[Path, Path, Path]) -> None:
+    plain, trained = (measure.Checkpoint.load(folder) for folder in folders[:2])
+    assert measure.cut_layers([plain]) == [1, 2, 3]
+    other = ReductionPlan.pyramid([2], [0.5])
+    trained.model.config.visual_token_reduction = other.to_dict()
+    assert measure.cut_layers([plain, trained]) == [2]
+
+
+def test_survivors_are_the_tokens_the_plan_keeps(folders: tuple[Path, Path, Path]) -> None:
+    plain, _, data = folders
+    checkpoint = measure.Checkpoint.load(plain)
+    loaded = load_benchmark("digits_gqa", data / "eval", 4)
+    plan = ReductionPlan.parse("uniform:layers=[1,2],ratios=[0.5,0.25]")
+    question = loaded.questions[0]
+    grid, stages = measure.surviving_cells(checkpoint, question, loaded.image_folder, plan)
+    assert grid == (4, 4)
+    assert [(s["start"], s["stop"], len(s["kept"])) for s in stages] == [
+        (0, 1, 16),
+        (1, 2, 8),
+        (2, 4, 4),
+    ]
+    for before, after in zip(stages, stages[1:], strict=False):
+        assert set(after["kept"]) < set(before["kept"])
+    assert stages[1]["kept"] == list(range(1, 16, 2))
+
+
+def test_workload_of_real_questions_is_padded_left(folders: tuple[Path, Path, Path]) -> None:
+    plain, _, data = folders
+    checkpoint = measure.Checkpoint.load(plain)
+    loaded = load_benchmark("digits_gqa", data / "eval")
+    work = checkpoint.workload(loaded.questions[:8], loaded.image_folder, new_tokens=2)
+    assert len(set(work.mask.sum(1).tolist())) > 1
+    assert bool(work.mask[:, -1].all())
+    assert work.sequence().layout.lengths == tuple((work.mask.sum(1) + 15).tolist())
+    assert torch.is_tensor(work.images[0])
+
+
+@pytest.mark.parametrize(
+    ("rate", "answers", "expected"), [(100.0, 110, 162), (1.0, 110, 36), (1000.0, 110, 1620)]
+)
+def test_limit_follows_the_speed(rate: float, answers: int, expected: int) -> None:
+    assert quickstart.choose_limit(rate, answers, minutes=3.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (["--checkpoints", "nowhere"], "no checkpoint in nowhere"),
+        (["--limit", "0"], "--limit 0"),
+        (["--workers", "0"], "--workers 0"),
+    ],
+)
+def test_bad_flags_are_one_line(
+    words: list[str], needle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main([*words, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    written = capsys.readouterr().err
+    assert needle in written
+    assert written.count("\n") == 1
+    assert not (tmp_path / "out").exists()
