@@ -130,6 +130,10 @@ def test_unknown_split_and_jitter_are_refused() -> None:
         ("side_color", "What color is the digit above the yellow 4?", "blue"),
         ("side_check", "Is the digit above the yellow 4 blue?", "yes"),
         ("side_check", "Is the digit above the yellow 4 red?", "no"),
+        ("beside_digit", "What digit is below A1?", "1"),
+        ("beside_digit", "What digit is right of A2?", "5"),
+        ("beside_color", "What color is the digit left of A4?", "blue"),
+        ("beside_check", "Is the digit above B1 green?", "no"),
         ("color_check", "Is the digit in B1 green?", "yes"),
         ("digit_check", "Is the digit in B1 a 2?", "no"),
         ("place_check", "Is the blue 5 in B4?", "no"),
@@ -171,48 +175,62 @@ def test_ask_refuses_an_unknown_kind() -> None:
         ask(a_scene(), "smell", np.random.default_rng(0))
 
 
-def check_fact(scene: Scene, kind: str, said: str) -> int:
-    """Every statement of a list is true; their number."""
-    at = {cell: number for number, cell in enumerate(CELLS)}
-    content = {cell: describe(scene, [at[cell]]).split(" ", 1)[1] for cell in CELLS}
-    things = set(content.values())
-    words = "|".join(SIDES)
-    name = rf"(?:{'|'.join(COLOUR_NAMES)}) \d"
+NAME = rf"(?:{'|'.join(COLOUR_NAMES)}) \d"
+SIDE = "|".join(SIDES)
+PLACES = ("where", "rows", "beside", "side")
+
+
+def contents(scene: Scene) -> dict[str, str]:
+    """Cell -> `red 3` or `none`."""
+    return {cell: describe(scene, [number]).split(" ", 1)[1] for number, cell in enumerate(CELLS)}
+
+
+def beside(cell: str, side: str) -> str:
+    down, right = SIDES[side]
+    return f"{ROWS[ROWS.index(cell[0]) + down]}{int(cell[1]) + right}"
+
+
+def check_places(content: dict[str, str], kind: str, said: str) -> int:
+    """`where`, `rows`, `beside` and `side`: every statement is true; their number."""
     if kind == "where":
-        items = re.findall(rf"({name}) (\w\d)", said)
+        items = re.findall(rf"({NAME}) (\w\d)", said)
         assert all(content[cell] == thing for thing, cell in items)
-    elif kind == "exists":
-        items = re.findall(rf"({name}) (yes|no)", said)
-        assert all((thing in things) == (answer == "yes") for thing, answer in items)
     elif kind == "rows":
         items = re.findall(r"([A-D]) ((?:\w+ ?){4})", said.removeprefix("row "))
         for row, cells in items:
-            expected = [content[f"{row}{i + 1}"].split()[-1] for i in range(GRID)]
-            assert cells.split() == expected
-    elif kind == "beside":
-        side = re.match(words, said).group()
-        items = re.findall(rf"(\w\d) ({name}|none)", said)
-        down, right = SIDES[side]
-        for cell, beside in items:
-            row, column = ROWS.index(cell[0]) + down, int(cell[1]) + right
-            assert content[f"{ROWS[row]}{column}"] == beside
-    elif kind == "side":
-        side = re.match(words, said).group()
-        items = re.findall(rf"({name}) ({name})", said)
-        down, right = SIDES[side]
-        for thing, beside in items:
-            (cell,) = [c for c in CELLS if content[c] == thing]
-            row, column = ROWS.index(cell[0]) + down, int(cell[1]) + right
-            assert content[f"{ROWS[row]}{column}"] == beside
+            assert cells.split() == [content[f"{row}{i + 1}"].split()[-1] for i in range(GRID)]
     else:
-        form = {"color_check": r"(\w\d) (\w+) (yes|no)", "digit_check": r"(\w\d) (\d) (yes|no)"}
-        form |= {"place_check": rf"({name}) (\w\d) (yes|no)"}
-        if kind == "side_check":
-            return len(re.findall(rf"(?:{words}) {name} \w+ (?:yes|no)", said))
-        items = re.findall(form[kind], said)
-        for first, second, answer in items:
-            true = second in content[first].split() if first in at else content[second] == first
-            assert true == (answer == "yes")
+        side = re.match(SIDE, said).group()
+        first = r"\w\d" if kind == "beside" else NAME
+        items = re.findall(rf"({first}) ({NAME}|none)", said)
+        for start, other in items:
+            cell = start if start in content else next(c for c in CELLS if content[c] == start)
+            assert content[beside(cell, side)] == other
+    return len(items)
+
+
+def check_claims(content: dict[str, str], kind: str, said: str) -> int:
+    """Kinds that end in yes or no: every claim is judged rightly; their number."""
+    form = {
+        "exists": rf"({NAME})() (yes|no)",
+        "color_check": r"(\w\d) (\w+) (yes|no)",
+        "digit_check": r"(\w\d) (\d) (yes|no)",
+        "place_check": rf"({NAME}) (\w\d) (yes|no)",
+        "side_check": rf"((?:{SIDE}) {NAME}) (\w+) (yes|no)",
+    }[kind]
+    items = re.findall(form, said)
+    for first, second, answer in items:
+        if kind == "exists":
+            true = first in content.values()
+        elif kind == "place_check":
+            true = content[second] == first
+        elif kind == "side_check":
+            side = re.match(SIDE, first).group()
+            (cell,) = [c for c in CELLS if content[c] == first.removeprefix(f"{side} ")]
+            true = second in content[beside(cell, side)].split()
+        else:
+            true = second in content[first].split()
+        assert true == (answer == "yes")
     return len(items)
 
 
@@ -225,7 +243,8 @@ def test_statements_are_true(kind: str) -> None:
         said = facts(scene, kind, rng)
         if said is not None:
             assert len(said.split()) <= 48
-            checked += check_fact(scene, kind, said)
+            check = check_places if kind in PLACES else check_claims
+            checked += check(contents(scene), kind, said)
     assert checked > 20
 
 
@@ -321,7 +340,13 @@ def test_pope_asks_18_questions_a_picture(data: Path) -> None:
 
 def test_training_files_are_llavas(data: Path) -> None:
     train = data / "digits" / "train"
-    for name, per_picture in (("align", 1), ("facts", 4), ("questions", 4)):
+    for name, per_picture in (
+        ("align", 1),
+        ("facts", 4),
+        ("relations", 4),
+        ("questions", 4),
+        ("answers", 8),
+    ):
         samples = json.loads((train / f"{name}.json").read_text())
         assert len(samples) == 12 * per_picture
         for sample in samples:
@@ -349,9 +374,7 @@ def test_two_builds_are_equal(data: Path, tmp_path: Path) -> None:
     assert all((ours / n).read_bytes() == (other / n).read_bytes() for n in names)
 
 
-def test_an_interrupted_build_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(folder: Path, seed: int) -> None:
         (folder / "half.txt").write_text("x")
         raise KeyboardInterrupt

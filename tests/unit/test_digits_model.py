@@ -1,0 +1,281 @@
+"""llava.digits: the tokenizer under LLaVA's templates, tower, base, and the recipe's script."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+
+from llava.conversation import conv_templates
+from llava.digits import base, finish, pretrain_tower
+from llava.digits.questions import FACTS, KINDS, ask, describe, facts
+from llava.digits.scenes import CELLS, varied_scene
+from llava.digits.tokenizer import build_tokenizer, vocabulary
+from llava.mm_utils import tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+SCRIPT = ROOT / "scripts" / "digits" / "train.sh"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path):  # noqa: ANN201
+    return AutoTokenizer.from_pretrained(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="module")
+def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower after three steps."""
+    out = tmp_path_factory.mktemp("stages") / "tower"
+    pretrain_tower.main(
+        ["--out", str(out), "--steps", "3", "--batch", "8", "--eval-scenes", "10", "--no-bf16"]
+    )
+    return out
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+def test_special_tokens(tokenizer) -> None:  # noqa: ANN001
+    assert vocabulary()[:4] == ["<unk>", "<s>", "</s>", "<pad>"]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<s>",
+        "</s>",
+        "<pad>",
+    )
+    assert tokenizer("red").input_ids == [1, tokenizer.convert_tokens_to_ids("red")]
+
+
+def test_everything_that_is_said_has_its_word(tokenizer) -> None:  # noqa: ANN001
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        scene = varied_scene(0, "train", index)
+        texts = [describe(scene, range(len(CELLS)))]
+        texts += [facts(scene, kind, rng) or "" for kind in FACTS]
+        for kind in KINDS:
+            question = ask(scene, kind, rng)
+            if question is not None:
+                texts += [question.text, question.answer]
+        for text in texts:
+            ids = tokenizer(text).input_ids
+            assert tokenizer.unk_token_id not in ids, text
+            decoded = tokenizer.decode(ids, skip_special_tokens=True)
+            assert decoded.replace(" ?", "?") == text
+
+
+def test_a_prompt_is_short_and_pieces_add_up(tokenizer) -> None:  # noqa: ANN001
+    rng = np.random.default_rng(1)
+    for index in range(12):
+        scene = varied_scene(0, "test", index)
+        for kind in KINDS:
+            question = ask(scene, kind, rng)
+            if question is None:
+                continue
+            conv = conv_templates["mistral_instruct"].copy()
+            conv.append_message(conv.roles[0], f"<image>\n{question.text}")
+            conv.append_message(conv.roles[1], None)
+            prompt = conv.get_prompt()
+            ids = tokenizer_image_token(prompt, tokenizer)
+            assert ids.count(-200) == 1
+            assert len(ids) - 1 <= 40
+            assert tokenizer.unk_token_id not in ids
+            assert [i for i in ids if i != -200] == tokenizer(
+                prompt.replace("<image>", "")
+            ).input_ids
+
+
+# ------------------------------------------------------------------------------------------ tower
+def test_rescaling_the_tower_changes_its_scale_only() -> None:
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(pretrain_tower.tower_config()).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    heads = pretrain_tower.Heads(tower.config.hidden_size)
+    pixels = torch.randn(4, 3, 112, 112)
+    with torch.no_grad():
+        before = pretrain_tower.features(tower, pixels)
+        read = heads.heads["thing"](before)
+        std = pretrain_tower.rescale(tower, heads, pixels)
+        after = pretrain_tower.features(tower, pixels)
+    assert std == pytest.approx(float(before.std()))
+    assert float(after.std()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(after * std, before, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(heads.heads["thing"](after), read, atol=2e-3, rtol=1e-3)
+
+
+def test_pretraining_learns_and_is_reproducible(tower_folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    arguments = ["--steps", "3", "--batch", "8", "--eval-scenes", "10", "--no-bf16"]
+    pretrain_tower.main(["--out", str(again), *arguments])
+    first, second = (
+        CLIPVisionModel.from_pretrained(str(folder)).state_dict()
+        for folder in (tower_folder, again)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    facts_ = json.loads((again / "training.json").read_text())
+    assert facts_["arguments"]["steps"] == "3"
+    assert (again / "preprocessor_config.json").is_file()
+
+
+def test_a_finished_tower_is_kept(tower_folder: Path) -> None:
+    before = (tower_folder / "model.safetensors").stat().st_mtime_ns
+    pretrain_tower.main(["--out", str(tower_folder), "--steps", "9"])
+    assert (tower_folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_tokens_of_a_cell_share_its_class() -> None:
+    cells = torch.arange(16).view(1, 4, 4)
+    tokens = pretrain_tower.to_tokens(cells).view(8, 8)
+    assert (tokens[::2, ::2] == cells[0]).all()
+    assert (tokens[1::2, 1::2] == cells[0]).all()
+
+
+# ------------------------------------------------------------------------------------------- base
+def test_the_base_starts_as_a_copying_model(
+    tower_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "base"
+    base.main(
+        ["--tower", str(tower_folder), "--tokenizer", str(tokenizer_folder), "--out", str(out)]
+        + ["--steps", "2"]
+    )
+    model = LlamaForCausalLM.from_pretrained(str(out))
+    words = model.model.embed_tokens.weight
+    torch.testing.assert_close(words @ words.T, torch.eye(len(words)), atol=1e-4, rtol=0)
+    attention = model.model.layers[0].self_attn
+    joint = attention.o_proj.weight @ attention.v_proj.weight
+    assert (joint.diag() > 0.05).all()
+    state = torch.load(out / "mm_projector.bin", weights_only=True)
+    assert sorted(state) == [
+        f"model.mm_projector.{i}.{p}" for i in (0, 2) for p in ("bias", "weight")
+    ]
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_meaning_is_own_words_plus_faint_neighbours(tokenizer) -> None:  # noqa: ANN001
+    vectors = base.orthogonal(base.HIDDEN, base.HIDDEN)[: len(tokenizer)]
+    words = tokenizer.get_vocab()
+    meaning = base.Meaning(vectors, words)
+    things = torch.zeros(1, 4, 4, dtype=torch.long)
+    things[0, 1, 2] = 1 + 10 * 0 + 3  # red 3 in B3
+    tokens = meaning(things).view(1, 8, 8, -1)
+    said = tokens[0, 2, 4] @ vectors.T
+    top = {word for word, number in words.items() if said[number] > 0.7}
+    assert {"red", "3", "B3"} <= top
+    plain = meaning(torch.zeros_like(things)).view(1, 8, 8, -1)
+    changed = (tokens - plain).norm(dim=-1)[0] > 1e-5
+    rows, columns = changed.nonzero().T
+    assert set(zip((rows // 2).tolist(), (columns // 2).tolist(), strict=True)) == {
+        (1, 2),
+        (0, 2),
+        (2, 2),
+        (1, 1),
+        (1, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (pretrain_tower, ["--out", "x", "--steps", "0"], "--steps must be 1 or more, got 0"),
+        (pretrain_tower, ["--out", "x", "--lr", "-1"], "--lr must be positive"),
+        (base, ["--tower", "no", "--tokenizer", "no", "--out", "x"], "no such folder: no"),
+        (
+            finish,
+            ["--stages", "no", "--tower", "no", "--base", "no", "--plan", "none"] + ["--out", "x"],
+            "no lacks config.json",
+        ),
+    ],
+)
+def test_bad_arguments_end_in_one_line(
+    module,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],  # noqa: ANN001
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- script
+def test_the_scripts_flags_are_known_to_the_entry_point() -> None:
+    from llava.train.arguments import build_parser
+
+    parser: argparse.ArgumentParser = build_parser()
+    known = {option for action in parser._actions for option in action.option_strings}
+    used = set(re.findall(r"--[a-z0-9_]+(?=[ \n])", SCRIPT.read_text()))
+    modules = {"--out", "--seed", "--parts", "--steps", "--tower", "--tokenizer", "--base"}
+    modules |= {"--stages", "--plan"}
+    assert len(used - modules) > 20
+    assert used - modules <= known
+
+
+def test_the_script_refuses_an_unknown_plan() -> None:
+    run = subprocess.run(
+        ["bash", str(SCRIPT)],
+        env={**os.environ, "PLAN": "everything"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 2
+    assert "accepted: both, none, pyramiddrop" in run.stderr
+
+
+@pytest.mark.slow
+def test_smoke_run_makes_both_checkpoints(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = {
+        **os.environ,
+        "SMOKE": "1",
+        "PYTHON": sys.executable,
+        "DATA": str(tmp_path / "data"),
+        "WORK": str(tmp_path / "work"),
+        "OUT": str(out),
+    }
+    run = subprocess.run(
+        ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name, dropping in (("llava-digits", False), ("llava-digits-pdrop", True)):
+        config = json.loads((out / name / "config.json").read_text())
+        assert config["conv_mode"] == "mistral_instruct"
+        assert (config["visual_token_reduction"] is not None) == dropping
+        assert config["mm_vision_tower"] == finish.TOWER_NAME
+        made = json.loads((out / name / "training.json").read_text())
+        assert list(made["stages"]) == [
+            "tower",
+            "base",
+            "align",
+            "facts",
+            "relations",
+            "questions",
+            "answers",
+        ]
+        assert not list((out / name).glob("*optimizer*"))
+        tokenizer, model, _, _ = load_pretrained_model(
+            str(out / name), None, "llava", device="cpu", device_map=None
+        )
+        assert model.get_vision_tower().is_loaded
+        assert len(tokenizer) == len(vocabulary())
+    again = subprocess.run(
+        ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert again.stdout.count("is complete") == 2
