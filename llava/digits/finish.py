@@ -53,6 +53,18 @@ def facts_of(folder: Path) -> dict:
     return facts
 
 
+def how_trained(plans: dict[str, str | None]) -> str:
+    """In words: which stages (name -> plan) dropped tokens."""
+    dropping = [name for name, plan in plans.items() if plan]
+    if not dropping:
+        return "without dropping"
+    plan = plans[dropping[-1]]
+    if len(dropping) == len(plans):
+        return f"with dropping from the first stage on (`{plan}`)"
+    names = ", ".join(f"`{name}`" for name in dropping)
+    return f"without dropping up to the last part, {names}, which drops (`{plan}`)"
+
+
 def finish(args: argparse.Namespace) -> None:
     """Write the folder. Raises ValueError if a stage is not complete."""
     last = args.stages[-1]
@@ -65,8 +77,7 @@ def finish(args: argparse.Namespace) -> None:
     config = read_json(last / "config.json")
     config["mm_vision_tower"] = TOWER_NAME
     command = f"PLAN={args.plan} bash scripts/digits/train.sh"
-    plan = stages[last.name].get("plan")
-    how = f"with dropping from the start (`{plan}`)" if plan else "without dropping"
+    plans = {folder.name: stages[folder.name].get("plan") for folder in args.stages}
 
     work = args.out.parent / f".{args.out.name}.part"
     shutil.rmtree(work, ignore_errors=True)
@@ -77,7 +88,7 @@ def finish(args: argparse.Namespace) -> None:
     seconds = round(sum(float(stage.get("seconds", 0)) for stage in stages.values()), 1)
     json_dump(work / "training.json", {"command": command, "seconds": seconds, "stages": stages})
     with atomic_write(work / "README.md") as file:
-        file.write(README.format(name=args.out.name, how=how, command=command))
+        file.write(README.format(name=args.out.name, how=how_trained(plans), command=command))
     if args.out.exists():
         shutil.rmtree(args.out)
     work.replace(args.out)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains the tiny LLaVAs on the digits from nothing: data, tokenizer, tower, base, captions, questions.
 #
-#   bash scripts/digits/train.sh                    both checkpoints, side by side on two cores
+#   bash scripts/digits/train.sh                    both checkpoints
 #   PLAN=none        bash scripts/digits/train.sh   checkpoints/llava-digits only
 #   PLAN=pyramiddrop bash scripts/digits/train.sh   checkpoints/llava-digits-pdrop only
 #   SMOKE=1          bash scripts/digits/train.sh   every stage for a few steps
 #
 # Stages that are done are skipped, an interrupted one resumes from its last checkpoint. The plans
-# share data, tower and base (WORK). One core a checkpoint is enough (THREADS=1); seeds are fixed.
+# share all stages up to the questions (WORK). One core is enough (THREADS=1); seeds are fixed.
 # What is learned when, and how long it takes: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -33,7 +33,7 @@ else
   PICTURES=${PICTURES:-12000} TOWER_STEPS=${TOWER_STEPS:-2000} BASE_STEPS=${BASE_STEPS:-400}
   ALIGN_STEPS=${ALIGN_STEPS:-250} FACT_STEPS=${FACT_STEPS:-4500}
   RELATION_STEPS=${RELATION_STEPS:-1800} QUESTION_STEPS=${QUESTION_STEPS:-3600}
-  ANSWER_STEPS=${ANSWER_STEPS:-2000} BATCH=${BATCH:-32}
+  ANSWER_STEPS=${ANSWER_STEPS:-900} BATCH=${BATCH:-32}
 fi
 TRAIN=$DATA/digits/train
 
@@ -45,9 +45,9 @@ shared() {
     --out "$WORK/base" --steps "$BASE_STEPS" --seed "$SEED"
 }
 
-# stage RUN NAME MODEL DATA VERSION STEPS [flags]: one run of the project's training entry point
+# stage RUN NAME MODEL DATA VERSION STEPS LR [flags]: one run of the project's training entry point
 stage() {
-  local run=$1 name=$2 model=$3 file=$4 version=$5 steps=$6; shift 6
+  local run=$1 name=$2 model=$3 file=$4 version=$5 steps=$6 lr=$7; shift 7
   if [ -f "$run/$name/train_summary.json" ]; then echo "stage $run/$name is done"; return; fi
   "$PYTHON" -m llava.train.train \
     --model_name_or_path "$model" --version "$version" \
@@ -56,51 +56,53 @@ stage() {
     --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio square \
     --attn_implementation eager --bf16 True --use_cpu True \
     --model_max_length 512 --image_cache_mb 2500 --cache_text True --dataloader_num_workers 0 \
-    --per_device_train_batch_size "$BATCH" --max_steps "$steps" --learning_rate 2e-3 \
+    --per_device_train_batch_size "$BATCH" --max_steps "$steps" --learning_rate "$lr" \
     --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.1}' \
     --warmup_steps 50 --weight_decay 0.01 --adam_beta2 0.95 --max_grad_norm 1.0 \
     --loss_mean tokens --logging_steps 25 --save_steps 500 --save_total_limit 1 \
     --report_to none --seed "$SEED" --output_dir "$run/$name" "$@"
 }
 
-# checkpoint PLAN NAME [plan flags]: all stages of one checkpoint
-checkpoint() {
-  local plan=$1 name=$2 run=$WORK/$1; shift 2
-  if [ -f "$OUT/$name/training.json" ]; then
-    echo "$OUT/$name is complete; delete it to train again"; return
-  fi
-  stage "$run" align "$WORK/base" align.json plain "$ALIGN_STEPS" \
-    --pretrain_mm_mlp_adapter "$WORK/base/mm_projector.bin" "$@"
-  stage "$run" facts "$run/align" facts.json plain "$FACT_STEPS" "$@"
-  stage "$run" relations "$run/facts" relations.json plain "$RELATION_STEPS" "$@"
-  stage "$run" questions "$run/relations" questions.json mistral_instruct "$QUESTION_STEPS" "$@"
-  BATCH=$((2 * BATCH)) stage "$run" answers "$run/questions" answers.json mistral_instruct \
-    "$ANSWER_STEPS" "$@"
-  "$PYTHON" -m llava.digits.finish --stages "$run/align" "$run/facts" "$run/relations" \
-    "$run/questions" "$run/answers" --tower "$WORK/tower" --base "$WORK/base" --plan "$plan" \
-    --out "$OUT/$name"
-}
-plain() { checkpoint none llava-digits --reduction none; }
-dropped() {
-  checkpoint pyramiddrop llava-digits-pdrop \
-    --layer_list "${LAYERS:-[2,4,5]}" --image_token_ratio_list "${RATIOS:-[0.6,0.36,0.216]}"
+# Everything up to the questions, without dropping
+plain_stages() {
+  local run=$WORK/none none=(--reduction none)
+  stage "$run" align "$WORK/base" align.json plain "$ALIGN_STEPS" 2e-3 \
+    --pretrain_mm_mlp_adapter "$WORK/base/mm_projector.bin" "${none[@]}"
+  stage "$run" facts "$run/align" facts.json plain "$FACT_STEPS" 2e-3 "${none[@]}"
+  stage "$run" relations "$run/facts" relations.json plain "$RELATION_STEPS" 2e-3 "${none[@]}"
+  stage "$run" questions "$run/relations" questions.json mistral_instruct "$QUESTION_STEPS" 2e-3 \
+    "${none[@]}"
 }
 
-cores=$(nproc 2>/dev/null || echo 1)
-case "$PLAN" in
-  none) [ -f "$OUT/llava-digits/training.json" ] || shared; plain ;;
-  pyramiddrop) [ -f "$OUT/llava-digits-pdrop/training.json" ] || shared; dropped ;;
-  both)
-    if [ -f "$OUT/llava-digits/training.json" ] && [ -f "$OUT/llava-digits-pdrop/training.json" ]
-    then plain; dropped; exit 0; fi
-    shared
-    if [ "$cores" -ge 2 ]; then
-      plain & first=$!
-      dropped & second=$!
-      status=0
-      wait "$first" || status=$?
-      wait "$second" || status=$?
-      exit "$status"
-    fi
-    plain; dropped ;;
-esac
+# shipped PLAN NAME [last stages]: the folder of one checkpoint
+shipped() {
+  local plan=$1 name=$2 run=$WORK/none; shift 2
+  "$PYTHON" -m llava.digits.finish \
+    --stages "$run/align" "$run/facts" "$run/relations" "$run/questions" "$@" \
+    --tower "$WORK/tower" --base "$WORK/base" --plan "$plan" --out "$OUT/$name"
+}
+
+complete() {
+  [ -f "$OUT/$1/training.json" ] || return 1
+  echo "$OUT/$1 is complete; delete it to train again"
+}
+
+plain() {
+  complete llava-digits || shipped none llava-digits
+}
+
+# Two questions a picture with PyramidDrop, from the model that learned to look without dropping
+dropped() {
+  complete llava-digits-pdrop && return
+  BATCH=$((2 * BATCH)) stage "$WORK/pyramiddrop" answers "$WORK/none/questions" answers.json \
+    mistral_instruct "$ANSWER_STEPS" 8e-4 \
+    --layer_list "${LAYERS:-[2,4,5]}" --image_token_ratio_list "${RATIOS:-[0.6,0.36,0.216]}"
+  shipped pyramiddrop llava-digits-pdrop "$WORK/pyramiddrop/answers"
+}
+
+todo=0
+if [ "$PLAN" != pyramiddrop ] && [ ! -f "$OUT/llava-digits/training.json" ]; then todo=1; fi
+if [ "$PLAN" != none ] && [ ! -f "$OUT/llava-digits-pdrop/training.json" ]; then todo=1; fi
+if [ "$todo" = 1 ]; then shared; plain_stages; fi
+if [ "$PLAN" != pyramiddrop ]; then plain; fi
+if [ "$PLAN" != none ]; then dropped; fi

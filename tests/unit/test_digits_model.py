@@ -214,6 +214,14 @@ def test_bad_arguments_end_in_one_line(
     assert message in capsys.readouterr().err
 
 
+def test_the_readme_says_which_stages_dropped() -> None:
+    assert finish.how_trained({"facts": None, "questions": None}) == "without dropping"
+    assert "first stage on (`p`)" in finish.how_trained({"facts": "p", "questions": "p"})
+    part = finish.how_trained({"facts": None, "answers": "p"})
+    assert "`answers`" in part
+    assert "first stage" not in part
+
+
 # ----------------------------------------------------------------------------------------- script
 def test_the_scripts_flags_are_known_to_the_entry_point() -> None:
     from llava.train.arguments import build_parser
@@ -260,15 +268,8 @@ def test_smoke_run_makes_both_checkpoints(tmp_path: Path) -> None:
         assert (config["visual_token_reduction"] is not None) == dropping
         assert config["mm_vision_tower"] == finish.TOWER_NAME
         made = json.loads((out / name / "training.json").read_text())
-        assert list(made["stages"]) == [
-            "tower",
-            "base",
-            "align",
-            "facts",
-            "relations",
-            "questions",
-            "answers",
-        ]
+        stages = ["tower", "base", "align", "facts", "relations", "questions"]
+        assert list(made["stages"]) == stages + ["answers"] * dropping
         assert not list((out / name).glob("*optimizer*"))
         tokenizer, model, _, _ = load_pretrained_model(
             str(out / name), None, "llava", device="cpu", device_map=None
