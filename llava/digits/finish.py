@@ -11,10 +11,12 @@ checkpoint, so its name in config.json is a name and no path.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+from llava.reduction.plan import ReductionPlan
 from llava.utils import atomic_write, get_logger, json_dump, user_errors
 
 logger = get_logger(__name__)
@@ -54,15 +56,19 @@ def facts_of(folder: Path) -> dict:
 
 
 def how_trained(plans: dict[str, str | None]) -> str:
-    """In words: which stages (name -> plan) dropped tokens."""
-    dropping = [name for name, plan in plans.items() if plan]
-    if not dropping:
+    """In words: which stages (name -> plan) dropped tokens, and how."""
+    if not any(plans.values()):
         return "without dropping"
-    plan = plans[dropping[-1]]
-    if len(dropping) == len(plans):
-        return f"with dropping from the first stage on (`{plan}`)"
-    names = ", ".join(f"`{name}`" for name in dropping)
-    return f"without dropping up to the last part, {names}, which drops (`{plan}`)"
+    parts = []
+    for plan, group in itertools.groupby(plans, key=lambda name: plans[name]):
+        names = ", ".join(f"`{name}`" for name in group)
+        parts.append(f"{names} with `{plan}`" if plan else f"{names} without dropping")
+    return (
+        "with PyramidDrop"
+        + " from the first stage on" * all(plans.values())
+        + ": "
+        + "; ".join(parts)
+    )
 
 
 def finish(args: argparse.Namespace) -> None:
@@ -77,7 +83,8 @@ def finish(args: argparse.Namespace) -> None:
     config = read_json(last / "config.json")
     config["mm_vision_tower"] = TOWER_NAME
     command = f"PLAN={args.plan} bash scripts/digits/train.sh"
-    plans = {folder.name: stages[folder.name].get("plan") for folder in args.stages}
+    found = {folder.name: stages[folder.name].get("plan") for folder in args.stages}
+    plans = {name: str(ReductionPlan.parse(plan)) if plan else None for name, plan in found.items()}
 
     work = args.out.parent / f".{args.out.name}.part"
     shutil.rmtree(work, ignore_errors=True)

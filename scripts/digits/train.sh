@@ -94,10 +94,10 @@ plain() {
 # Two questions a picture with PyramidDrop, from the model that learned to look without dropping
 dropped() {
   complete llava-digits-pdrop && return
-  BATCH=$((2 * BATCH)) stage "$WORK/pyramiddrop" answers "$WORK/none/questions" answers.json \
+  BATCH=$((2 * BATCH)) stage "$WORK/pyramiddrop-from-plain" answers "$WORK/none/questions" answers.json \
     mistral_instruct "$ANSWER_STEPS" 8e-4 \
     --layer_list "${LAYERS:-[2,4,5]}" --image_token_ratio_list "${RATIOS:-[0.6,0.36,0.216]}"
-  shipped pyramiddrop llava-digits-pdrop "$WORK/pyramiddrop/answers"
+  shipped pyramiddrop llava-digits-pdrop "$WORK/pyramiddrop-from-plain/answers"
 }
 
 todo=0
