@@ -19,6 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
+from llava.model.hf_inputs import fold_image_ids, image_token_id, unpack_pixels
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_prep import Splice, embed_splice, picture_tokens, splice
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -116,6 +117,8 @@ class LlavaMetaForCausalLM:
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
     ]
+    # True: `generate` returns prompt and new tokens for every call, as transformers does.
+    prompt_in_output = False
     # The whole-graph compile of transformers needs a static cache, which has no stages.
     _can_compile_fullgraph = False
 
@@ -155,6 +158,7 @@ class LlavaMetaForCausalLM:
         image_sizes: Any = None,
         *,
         kind: Kind | None = None,
+        pixel_values: Any = None,
     ) -> TokenSequence:
         """Embed a batch with its pictures.
 
@@ -164,10 +168,24 @@ class LlavaMetaForCausalLM:
         layout of the result (default: the side of the mask's padding). Ids, mask and labels are
         read once on the host. Raises ValueError for pictures that do not match the marks and for a
         sample that does not fit the context.
+        pixel_values instead of images: what a llava-hf processor returns (`llava.model.hf_inputs`);
+        image_sizes are then (height, width) and a picture is as many image ids as it has tokens.
         """
-        return self._splice_and_embed(input_ids, attention_mask, labels, images, image_sizes, kind)[
-            0
-        ]
+        if pixel_values is None:
+            return self._splice_and_embed(
+                input_ids, attention_mask, labels, images, image_sizes, kind
+            )[0]
+        if images is not None:
+            raise ValueError("images and pixel_values exclude each other; give one")
+        tower = self.get_vision_tower()
+        if tower is None:
+            raise ValueError("pixel_values were given to a model without a vision tower")
+        images, sizes = unpack_pixels(
+            pixel_values, image_sizes, self.config, tower.config.image_size
+        )
+        return self._splice_and_embed(
+            input_ids, attention_mask, labels, images, sizes, kind, expanded=True
+        )[0]
 
     def _splice_and_embed(
         self,
@@ -177,7 +195,9 @@ class LlavaMetaForCausalLM:
         images: Any,
         image_sizes: Any,
         kind: Kind | None,
+        expanded: bool = False,
     ) -> tuple[TokenSequence, Splice]:
+        """expanded: the ids have one image id for each visual token instead of one mark."""
         ids = input_ids.cpu()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
         mask = mask.bool()
@@ -186,9 +206,17 @@ class LlavaMetaForCausalLM:
             if attention_mask is not None and kind == "left" and bool(mask.all()):
                 kind = "right" if labels is not None else "left"
         tiles, pictures = self._pictures(images, image_sizes, input_ids.device)
+        marked, real, image_id = ids.numpy(), mask.numpy(), image_token_id(self.config)
+        if not expanded and image_id is not None and (marked[real] == image_id).any():
+            raise ValueError(f"input_ids hold the image id {image_id} but no pixel_values came")
+        if expanded:
+            counts = [len(picture) for picture in pictures]
+            marked, real = fold_image_ids(marked, real, counts, image_id)
+            # The vocabulary need not have the image id.
+            input_ids = input_ids.masked_fill(input_ids == image_id, 0)
         plan = splice(
-            ids.numpy(),
-            mask.numpy(),
+            marked,
+            real,
             None if labels is None else labels.cpu().numpy(),
             pictures,
             kind,
@@ -298,6 +326,7 @@ class LlavaMetaForCausalLM:
         num_items_in_batch: Tensor | int | None = None,
         return_trace: bool = False,
         record: Record | None = None,
+        pixel_values: Any = None,
         **kwargs: Any,
     ) -> LlavaOutput:
         """One pass over a batch, or over further text tokens when `past_key_values` is filled.
@@ -313,14 +342,19 @@ class LlavaMetaForCausalLM:
         decoding = past_key_values is not None and bool(getattr(past_key_values, "stages", None))
         record = record if record is not None else Record(trace=return_trace)
         plan = None if decoding else resolve_plan(reduction, self.config)[0]
-        if decoding and (images is not None or labels is not None):
+        if decoding and any(value is not None for value in (images, pixel_values, labels)):
             raise ValueError("pictures and labels need a new prefill; the cache is filled already")
         if not decoding and sequence is None:
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give exactly one of input_ids, inputs_embeds and sequence")
             if inputs_embeds is None:
                 sequence = self.build_sequence(
-                    input_ids, attention_mask, labels, images, image_sizes
+                    input_ids,
+                    attention_mask,
+                    labels,
+                    images,
+                    image_sizes,
+                    pixel_values=pixel_values,
                 )
             else:
                 sequence = text_sequence(inputs_embeds, attention_mask, labels)
@@ -384,15 +418,18 @@ class LlavaMetaForCausalLM:
         images: Any = None,
         image_sizes: Any = None,
         reduction: Any = None,
+        pixel_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate for a batch with pictures; returns the new tokens only.
 
         inputs (or input_ids), attention_mask, images, image_sizes: as `build_sequence`, padded on
-        either side. reduction: as in `forward`; it holds for this call alone. Greedy, sampling,
-        beam search, num_return_sequences and streamers work, for batches. Raises ValueError for
-        what cannot be right with layers of different lengths: use_cache=False, a static or
-        quantised cache, a cache of the caller, chunked prefill, assisted decoding.
+        either side. With pixel_values, from a llava-hf processor, the prompt's ids stand in front
+        of the new tokens, as in transformers. reduction: as in `forward`; it holds for this call
+        alone. Greedy, sampling, beam search, num_return_sequences and streamers work, for batches.
+        Raises ValueError for what cannot be right with layers of different lengths:
+        use_cache=False, a static or quantised cache, a cache of the caller, chunked prefill,
+        assisted decoding.
         """
         input_ids = kwargs.pop("input_ids", None)
         input_ids = inputs if input_ids is None else input_ids
@@ -406,9 +443,17 @@ class LlavaMetaForCausalLM:
         self._refuse(kwargs)
         if sequence is None:
             sequence = self.build_sequence(
-                input_ids, attention_mask, None, images, image_sizes, kind="left"
+                input_ids,
+                attention_mask,
+                None,
+                images,
+                image_sizes,
+                kind="left",
+                pixel_values=pixel_values,
             )
         sequence = sequence.relayout("left")
+        if pixel_values is not None or (self.prompt_in_output and images is None):
+            kwargs["input_ids"] = input_ids
         return super().generate(
             inputs_embeds=sequence.hidden,
             attention_mask=(sequence.origin >= 0).long(),
