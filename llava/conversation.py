@@ -204,8 +204,9 @@ _SEES = (
 _USER = _ASSISTANT.format("user")
 _HUMAN = _ASSISTANT.format("human")
 _MMTAG = (
-    "A chat between a curious user and an artificial intelligence assistant. " + _SEES +
-    "The visual content will be provided with the following format: "
+    "A chat between a curious user and an artificial intelligence assistant. "
+    + _SEES
+    + "The visual content will be provided with the following format: "
     "<Image>visual content</Image>."
 )
 _LLAVA = (
@@ -248,7 +249,12 @@ _TABLE = {
     "llama_2": (_S.LLAMA_2, _META, _UPPER, "<s>", "</s>", "llama_v2"),
     "mistral_instruct": (_S.LLAMA_2, "", _UPPER, "", "</s>", "llama_v2"),
     "chatml_direct mistral_direct": (
-        _S.MPT, f"{_IM}system\nAnswer the questions.", _IM_LINES, "<|im_end|>", None, "mpt",
+        _S.MPT,
+        f"{_IM}system\nAnswer the questions.",
+        _IM_LINES,
+        "<|im_end|>",
+        None,
+        "mpt",
     ),
     "plain v0_plain": (_S.PLAIN, "", ("", ""), "\n", None, "Unknown"),
     "llava_v0": (_S.SINGLE, _HUMAN, _TITLE, "###", None, "Unknown"),
@@ -258,7 +264,11 @@ _TABLE = {
     "llava_llama_2": (_S.LLAMA_2, _LLAVA, _UPPER, "<s>", "</s>", "llama_v2"),
     "mpt": (_S.MPT, _MPT_SYSTEM, _IM_LINES, "<|im_end|>", None, "mpt"),
     "qwen_1_5 qwen_2": (
-        _S.CHATML, f"{_IM}system\nYou are a helpful assistant.", _IM_ROLES, "<|im_end|>", None,
+        _S.CHATML,
+        f"{_IM}system\nYou are a helpful assistant.",
+        _IM_ROLES,
+        "<|im_end|>",
+        None,
         "qwen",
     ),
     "llava_llama_3": (_S.LLAMA_3, _LLAVA, _LOWER, "<|eot_id|>", None, "llama_v3"),

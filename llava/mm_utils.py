@@ -328,9 +328,7 @@ def count_visual_tokens(
     rounding = rounding or getattr(model_cfg, "mm_unpad_rounding", None) or "llava"
     pinpoints = model_cfg.image_grid_pinpoints
     return [
-        anyres_token_grid(
-            size, pinpoints, tile_size, patches_per_side, merge_type, rounding
-        ).tokens
+        anyres_token_grid(size, pinpoints, tile_size, patches_per_side, merge_type, rounding).tokens
         for size in image_sizes
     ]
 

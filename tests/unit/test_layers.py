@@ -58,7 +58,8 @@ SHIMS: frozenset[str] = frozenset(
 """Legacy entry points: layer 5 wherever they lie; nothing imports them."""
 
 REDUCTION_SHARED = frozenset(
-    f"llava.reduction{name}" for name in ("", ".base", ".plan", ".scores", ".flags", ".flops")
+    f"llava.reduction{name}"
+    for name in ("", ".base", ".budget", ".plan", ".scores", ".flags", ".flops")
 )
 
 
