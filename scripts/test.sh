@@ -4,7 +4,8 @@
 #   --install-only    stop after the set-up
 #   anything else     goes to pytest, e.g. `bash scripts/test.sh tests/unit -k flops`
 #
-# NO_VENV=1 uses the present Python environment; see scripts/lib.sh for the other variables.
+# WORKERS=N sets the number of test processes (default: one a core). NO_VENV=1 uses the present
+# Python environment; see scripts/lib.sh for the other variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -14,7 +15,7 @@ if [ "${1:-}" = --install-only ]; then
   shift
 fi
 
-setup_env dev,train,eval
+setup_env dev,train,eval,serve,deepspeed
 [ "$INSTALL_ONLY" = 1 ] && exit 0
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -24,7 +25,8 @@ run "$PY" -m ruff check llava tests scripts || failed+=(ruff)
 say "mypy (core)"
 run "$PY" -m mypy || failed+=(mypy)
 say "pytest"
-run "$PY" -m pytest "$@" || failed+=(pytest)
+# One test process a core: every test runs on one thread.
+run "$PY" -m pytest -n "${WORKERS:-auto}" --dist loadfile "$@" || failed+=(pytest)
 
 if [ ${#failed[@]} -gt 0 ]; then
   die "failed: ${failed[*]}"
