@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llava.constants import IGNORE_INDEX
 from llava.model.staged_cache import StagedCache
+from llava.model.varlen_attention import VARLEN
 from llava.reduction.base import Signal, View
 from llava.reduction.plan import Cut, LayerProgram, ReductionPlan, StageFacts
 from llava.sequence import (
@@ -606,13 +607,14 @@ def _masks(
 def _attend_packed(config: Any, sequence: TokenSequence, layers: range) -> AttendContext:
     """Samples one behind the other must not see each other.
 
-    flash_attention_2 takes transformers' four varlen arguments. eager and sdpa would ignore those
-    silently, so they get a block-diagonal mask [1, 1, T, T]: the reference, quadratic in the pack.
+    flash_attention_2 and our own "varlen" take transformers' four varlen arguments. eager and sdpa
+    would ignore those silently, so they get a block-diagonal mask [1, 1, T, T]: the reference,
+    quadratic in the pack.
     """
     layout, device = sequence.layout, sequence.hidden.device
     kinds = {attention_kind(config, index) for index in layers}
     backend = config._attn_implementation
-    if backend == "flash_attention_2":
+    if backend in ("flash_attention_2", VARLEN):
         ends = torch.tensor([0, *layout.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.to(device, non_blocking=True)
         longest = max(layout.lengths)
@@ -626,7 +628,7 @@ def _attend_packed(config: Any, sequence: TokenSequence, layers: range) -> Atten
     if backend not in ("eager", "sdpa"):
         raise ValueError(
             f"packed batches with the attention backend {backend!r} would mix the samples; "
-            "accepted: eager, sdpa, flash_attention_2"
+            "accepted: varlen, flash_attention_2, eager, sdpa"
         )
     bounds = torch.tensor(layout.bounds()).to(device, non_blocking=True)
     sample = torch.arange(len(layout.lengths), device=device)

@@ -115,8 +115,9 @@ def test_training_is_the_same_padded_and_packed(family, plan):
     same_step(right, training_step(model, "left", None, plan))
     same_step(right, training_step(model, "right", "packed", plan))
     assert any("mm_projector" in name for name in right[1])
-    eager = tiny_model(family, "eager").train()
-    same_step(right, training_step(eager, "right", "packed", plan))
+    for backend in ("eager", "varlen"):
+        other = tiny_model(family, backend).train()
+        same_step(right, training_step(other, "right", "packed", plan))
 
 
 @pytest.mark.parametrize(("family", "plan"), SOME)
