@@ -171,8 +171,8 @@ class Layout:
 
 
 # Columns of `TokenSequence.facts`, and the values they have at padding.
-POSITION, ORIGIN, TARGET, QUERY, GROUP, ROW, COLUMN = range(7)
-BLANK = (0, -1, IGNORE_INDEX, 0, -1, -1, -1)
+POSITION, ORIGIN, TARGET, QUERY, GRID, GROUP, ROW, COLUMN = range(8)
+BLANK = (0, -1, IGNORE_INDEX, 0, -1, -1, -1, -1)
 
 
 @dataclass
@@ -180,11 +180,12 @@ class TokenSequence:
     """Token-aligned tensors of a batch, all on one device.
 
     hidden  [R, W, D]  hidden state
-    facts   [R, W, 7]  long, one gather moves them all; read them through
+    facts   [R, W, 8]  long, one gather moves them all; read them through
         position  rotary position
         origin    index of the token in its uncut sample, -1 = padding
         target    label of the NEXT token, shifted once before any cut; -100 = none
         query     1 for rows whose attention ranks the visual tokens
+        grid      which 2-D field of cells of its sample a visual token lies in
         cell      (group, row, column) of a visual token; group -1 = text or padding
     extra              further token-aligned tensors [R, W, ...]
     inputs             tensors [B, ...], one row a sample (`seed`)
@@ -212,6 +213,10 @@ class TokenSequence:
     @property
     def query(self) -> Tensor:
         return self.facts[..., QUERY]
+
+    @property
+    def grid(self) -> Tensor:
+        return self.facts[..., GRID]
 
     @property
     def cell(self) -> Tensor:

@@ -34,11 +34,13 @@ class Picture:
 
     source [N]: index of the patch among those of its tiles, or NEWLINE. cell [N, 2]: (row, column);
     of an anyres picture the whole-image tile comes first and the tile field stands below it.
-    patches: patches of all its tiles.
+    grid [N]: the field of cells a token lies in: its tile where tiles are not joined; of an anyres
+    picture 0 is the whole image and 1 the tile field. patches: patches of all its tiles.
     """
 
     source: np.ndarray
     cell: np.ndarray
+    grid: np.ndarray
     patches: int
 
     def __len__(self) -> int:
@@ -71,8 +73,9 @@ def picture_tokens(
     if tiles is None or merge == "flat":
         extra = patches_per_tile - side * side  # a class token in front of each tile
         within = np.maximum(index % patches_per_tile - extra, 0)
-        row = index // patches_per_tile * side + within // side
-        return Picture(index, np.stack([row, within % side], 1), len(index))
+        tile = index // patches_per_tile
+        cell = np.stack([tile * side + within // side, within % side], 1)
+        return Picture(index, cell, tile, len(index))
     if patches_per_tile != side * side:
         raise ValueError(
             f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'; a class token "
@@ -83,7 +86,8 @@ def picture_tokens(
     if count == 1:
         source = np.append(base, NEWLINE) if unpad else base.ravel()
         cell = _cells(side, side, 0)
-        return Picture(source, np.vstack([cell, [[side - 1, side]]]) if unpad else cell, len(index))
+        cell = np.vstack([cell, [[side - 1, side]]]) if unpad else cell
+        return Picture(source, cell, np.zeros_like(source), len(index))
     if getattr(config, "image_aspect_ratio", None) != "anyres" or size is None:
         raise ValueError(
             f"a picture of {count} tiles needs image_aspect_ratio 'anyres' and its image size; got "
@@ -105,6 +109,7 @@ def picture_tokens(
     return Picture(
         np.concatenate([base.ravel(), field.ravel()]),
         np.vstack([_cells(side, side, 0), _cells(*field.shape, side)]),
+        np.repeat([0, 1], [base.size, field.size]),
         len(index),
     )
 
@@ -134,7 +139,7 @@ def assign_pictures(marks: Sequence[int], pictures: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Splice:
-    """table [B, W, 8]: source row, then the facts of `TokenSequence`.
+    """table [B, W, 9]: source row, then the facts of `TokenSequence`.
     labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample."""
 
     table: np.ndarray
@@ -170,12 +175,12 @@ def splice(
         real = np.flatnonzero(mask[b])
         where = [int(i) for i in real if ids[b, i] == IMAGE_TOKEN_INDEX]
         seeds.append(zlib.crc32(ids[b, real].astype("<i8").tobytes()) & 0x7FFFFFFF)
-        source, cell, label = [], [], []
+        source, cell, label, grids = [], [], [], 0
         for piece, stop in enumerate([*where, None]):
             begin = where[piece - 1] + 1 if piece else (real[0] if len(real) else 0)
             text = real[(real >= begin) & (real < (length if stop is None else stop))]
             source.append(b * length + text)
-            cell.append(np.full((len(text), 3), -1))
+            cell.append(np.full((len(text), 4), -1))
             label.append(
                 labels[b, text] if labels is not None else np.full(len(text), IGNORE_INDEX)
             )
@@ -185,7 +190,9 @@ def splice(
             picture = pictures[number]
             is_newline = picture.source == NEWLINE
             source.append(np.where(is_newline, newline, first_patch[number] + picture.source))
-            cell.append(np.column_stack([np.full(len(picture), len(groups)), picture.cell]))
+            group = np.full(len(picture), len(groups))
+            cell.append(np.column_stack([picture.grid + grids, group, picture.cell]))
+            grids += int(picture.grid.max(initial=-1)) + 1
             label.append(np.full(len(picture), IGNORE_INDEX))
             groups.append(Group(b, piece, len(picture), len(picture)))
         sample = {"source": np.concatenate(source), "cell": np.concatenate(cell)}
@@ -219,7 +226,7 @@ def _pack(
             query = is_target & (label == IGNORE_INDEX)
         else:
             query = np.arange(len(label)) == len(label) - 1
-        for group in cell[is_target & (cell[:, 0] >= 0), 0]:
+        for group in cell[is_target & (cell[:, 1] >= 0), 1]:
             protected[group] += 1
         queries.append(int(query.sum()))
         targets.append(int(is_target.sum()))

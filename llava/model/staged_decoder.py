@@ -40,6 +40,7 @@ from llava.reduction.base import Signal, View
 from llava.reduction.plan import Cut, LayerProgram, ReductionPlan, StageFacts
 from llava.sequence import (
     BLANK,
+    GRID,
     GROUP,
     ORIGIN,
     POSITION,
@@ -277,6 +278,7 @@ class StagedModelMixin:
                 valid=valid_GN,
                 protected=protected,
                 cell=facts_GNF[..., ROW:],
+                grid=facts_GNF[..., GRID],
                 origin=facts_GNF[..., ORIGIN],
                 seed=sequence.inputs["seed"][facts.samples],
                 count=facts.counts,

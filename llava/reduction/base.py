@@ -48,6 +48,9 @@ class View:
     valid      bool [G, N]     real tokens
     protected  bool [G, N]     tokens that must stay (their next token is supervised)
     cell       long [G, N, 2]  (row, column) in the picture
+    grid       long [G, N]     which 2-D field of the sample the cell lies in: a picture, one tile
+                               of a picture of loose tiles, or of an anyres picture the whole image
+                               and behind it the tile field
     origin     long [G, N]     index of the token in its uncut sample
     seed       long [G]        seed of the sample
     count      long [G]        tokens of the group now
@@ -59,6 +62,7 @@ class View:
     valid: Tensor
     protected: Tensor
     cell: Tensor
+    grid: Tensor
     origin: Tensor
     seed: Tensor
     count: Tensor

@@ -36,6 +36,7 @@ def test_tokens_of_one_tile():
     assert geometry(None).source.tolist() == [0, 1, 2, 3]
     assert geometry(1, mm_patch_merge_type="spatial_unpad").source.tolist() == [0, 1, 2, 3, NEWLINE]
     assert geometry(2).source.tolist() == list(range(8))
+    assert geometry(2).grid.tolist() == [0] * 4 + [1] * 4
 
 
 def test_tokens_of_an_anyres_picture():
@@ -44,6 +45,7 @@ def test_tokens_of_an_anyres_picture():
     field = [4, 5, 8, 9, NEWLINE, 6, 7, 10, 11, NEWLINE]
     assert picture.source.tolist() == [0, 1, 2, 3, *field]
     assert picture.cell.tolist()[4:9] == [[2, 0], [2, 1], [2, 2], [2, 3], [2, 4]]
+    assert picture.grid.tolist() == [0] * 4 + [1] * 10
     joined = geometry(3, (56, 28), **{**ANYRES, "mm_patch_merge_type": "spatial"})
     assert joined.source.tolist()[4:] == [n for n in field if n != NEWLINE]
     assert np.all(geometry(3, (56, 28), **{**ANYRES, "mm_patch_merge_type": "flat"}).source < 12)
@@ -70,6 +72,12 @@ def test_pictures_belong_to_marks_with_or_without_dummies():
         assign_pictures([1, 0, 2], 2)
     with pytest.raises(ValueError, match="3"):
         assign_pictures([1, 0, 2], 5)
+
+
+def test_grids_are_numbered_through_a_sample():
+    sequence = tiny_model().build_sequence(**batch(prompts()))
+    assert sequence.grid[2].unique().tolist() == [-1, 0, 1]
+    assert ((sequence.grid >= 0) == (sequence.cell[..., 0] >= 0)).all()
 
 
 def test_bad_batches_are_named():

@@ -24,6 +24,7 @@ def view_of(counts, budgets, protected=(), scores=None, reducer=None, seeds=None
         valid=valid,
         protected=flags,
         cell=torch.zeros(*valid.shape, 2, dtype=torch.long),
+        grid=torch.zeros(valid.shape, dtype=torch.long),
         origin=origin,
         seed=torch.arange(len(counts)) if seeds is None else torch.tensor(seeds),
         count=torch.tensor(counts),

@@ -65,7 +65,7 @@ def test_padding_is_neutral_after_a_cut():
     out = model(sequence=sequence, reduction="uniform:layers=[2],ratios=[0.3]", return_trace=True)
     padding = out.sequence.origin < 0
     assert bool(padding.any())
-    assert out.sequence.facts[padding].unique(dim=0).tolist() == [[0, -1, -100, 0, -1, -1, -1]]
+    assert out.sequence.facts[padding].unique(dim=0).tolist() == [[0, -1, -100, 0, -1, -1, -1, -1]]
 
 
 def test_the_callers_sequence_is_not_changed():
