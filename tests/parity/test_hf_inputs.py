@@ -120,9 +120,13 @@ def test_processor_batches_equal_transformers_and_our_own_marks(anyres, side):
     assert torch.equal(mine[:, real.shape[1] :], same)
     if side == "left":  # transformers' own classes answer right-padded prompts wrongly
         # A penalty looks at the prompt's ids, which is why they are handed to generate.
-        for options in (call, {**call, "num_beams": 3}, {**call, "repetition_penalty": 1.7}):
+        for options in (call, {**call, "repetition_penalty": 1.7}):
             mine = ours.generate(**expanded, **given, **options)
             assert torch.equal(mine, theirs.generate(**expanded, **given, **options))
+        # Beams of a sample with two pictures get them in the wrong order in transformers 5.17.
+        last = {key: value[2:] for key, value in {**expanded, **given}.items()}
+        mine = ours.generate(**last, **call, num_beams=3)
+        assert torch.equal(mine, theirs.generate(**last, **call, num_beams=3))
         two_words = ours.generate(**expanded, **given, max_length=real.shape[1] + 2)
         assert two_words.shape[1] == real.shape[1] + 2
 
