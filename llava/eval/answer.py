@@ -21,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 
 from llava.conversation import get_conversation, resolve_conv_mode
+from llava.decoding import Decoding, answer_text, cut_at_eos, eos_ids
 from llava.eval.questions import (
     Question,
     check_images_exist,
@@ -56,37 +57,6 @@ from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.utils import atomic_write, get_logger, progress, set_seed, user_errors
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are written: greedy at temperature 0, else sampling; beams if more than one."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_beams < 1 or self.temperature < 0:
-            raise ValueError(
-                f"{self}; accepted: max_new_tokens and num_beams from 1, temperature from 0"
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; accepted: above 0 up to 1")
-
-    def generate_kwargs(self) -> dict[str, Any]:
-        """Arguments for `generate`; sampling settings only where they have a meaning."""
-        kwargs: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            kwargs["temperature"] = self.temperature
-            if self.top_p is not None:
-                kwargs["top_p"] = self.top_p
-        return kwargs
 
 
 def answer_questions(
@@ -155,7 +125,7 @@ class _Run:
         self.model_id = model_id
         self.image_folder, self.blind = image_folder, blind
         self.stop = get_conversation(conv_mode).stop_string
-        self.eos = _eos_ids(model, tokenizer)
+        self.eos = eos_ids(model, tokenizer)
         self.im_start_end = getattr(model.config, "mm_use_im_start_end", False)
         # Questions about one picture mostly follow one another.
         self.picture = functools.lru_cache(maxsize=32)(self._picture)
@@ -213,30 +183,19 @@ class _Run:
 
     def record(self, question: Question, ids: list[int]) -> dict[str, Any]:
         """LLaVA's answer record; `ids` are the new tokens with whatever pads them."""
-        ends = [i for i, token in enumerate(ids) if token in self.eos]
-        ids = ids[: ends[0] + 1] if ends else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if self.stop:
-            text = text.split(self.stop)[0]
+        ids, ended = cut_at_eos(ids, self.eos)
         answer_id = hashlib.sha1(f"{question.uid} {self.settings}".encode()).hexdigest()[:22]
         return {
             "question_id": question.question_id,
             "prompt": question.text,
-            "text": text.strip(),
+            "text": answer_text(ids, self.tokenizer, self.stop),
             "answer_id": answer_id,
             "model_id": self.model_id,
             "metadata": {},
             "uid": question.uid,
-            "finish": "eos" if ends else "length",
+            "finish": "eos" if ended else "length",
             "n_out": len(ids),
         }
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    generation = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
 
 
 def _device(model: Any) -> torch.device:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.conversation import resolve_conv_mode
+from llava.decoding import Decoding
 from llava.eval.answer import (
-    Decoding,
     add_model_flags,
     answer_questions,
     decoding_from_flags,

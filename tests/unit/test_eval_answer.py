@@ -15,9 +15,10 @@ from conftest import DATA
 from PIL import Image
 from transformers import AutoTokenizer
 
+from llava.decoding import Decoding
 from llava.eval import answer as answer_module
 from llava.eval import run as run_module
-from llava.eval.answer import Decoding, answer_questions, main
+from llava.eval.answer import answer_questions, main
 from llava.eval.benchmarks import load_benchmark, resolve_names
 from llava.eval.questions import read_questions
 from llava.mm_utils import clip_image_processor_class

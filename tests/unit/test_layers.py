@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("llava.utils", 0),
     ("llava.sequence", 1),
     ("llava.conversation", 1),
+    ("llava.decoding", 1),
     ("llava.mm_utils", 1),
     ("llava.prompting", 2),
     ("llava.reduction", 2),
