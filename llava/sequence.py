@@ -31,6 +31,7 @@ from llava.constants import IGNORE_INDEX
 Kind = Literal["left", "right", "packed"]
 Per = Literal["image", "sample"]
 KINDS: tuple[str, ...] = ("left", "right", "packed")
+PER: tuple[str, ...] = ("image", "sample")  # from fine to coarse
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ PLANS: dict[str, ReductionPlan] = {
     ),
     "pyramiddrop, whole sample": ReductionPlan.pyramid([2, 4], [0.5, 0.2], per="sample"),
     "random then uniform": ReductionPlan((Cut(0, Random(0.6)), Cut(3, Uniform(0.3)))),
+    "fastv": ReductionPlan.parse("fastv:k=2,r=0.6"),
     "all dropped": ReductionPlan((Cut(2, PyramidDrop(0.4)), Cut(4, PyramidDrop(0.0)))),
 }
 

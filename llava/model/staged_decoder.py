@@ -36,8 +36,8 @@ from transformers.utils.output_capturing import capture_outputs
 from llava.constants import IGNORE_INDEX
 from llava.model.staged_cache import StagedCache
 from llava.model.varlen_attention import VARLEN
-from llava.reduction.base import Signal, View
-from llava.reduction.plan import Cut, LayerProgram, ReductionPlan, StageFacts
+from llava.reduction.base import LayerProgram, Signal, View
+from llava.reduction.plan import Cut, ReductionPlan, StageFacts
 from llava.sequence import (
     BLANK,
     GRID,

@@ -4,13 +4,13 @@ A new method is one file here, one line in `plan.REDUCERS`, a section in docs/Re
 test against recorded numbers.
 """
 
-from llava.reduction.base import Reducer, Selection, Signal, View
+from llava.reduction.base import LayerProgram, Reducer, Selection, Signal, View
 from llava.reduction.baselines import Random, Uniform
+from llava.reduction.fastv import FastV
 from llava.reduction.plan import (
     CONFIG_KEY,
     REDUCERS,
     Cut,
-    LayerProgram,
     ReductionPlan,
     StageFacts,
     plan_from_flags,
@@ -22,6 +22,7 @@ __all__ = [
     "CONFIG_KEY",
     "REDUCERS",
     "Cut",
+    "FastV",
     "LayerProgram",
     "PyramidDrop",
     "Random",

@@ -9,14 +9,14 @@ Shape suffixes: G groups that compete (pictures or samples) · N tokens of the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from llava.sequence import Per
+from llava.sequence import Per, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,12 @@ class Selection:
 
 @runtime_checkable
 class Reducer(Protocol):
-    """A method. `name` is its key in `llava.reduction.REDUCERS`."""
+    """A method. `name` is its key in `llava.reduction.REDUCERS`.
+
+    For its text form a method in the table also has `positions`, what it does to rotary positions
+    when it is used alone, and the class methods `from_options` and `to_options`
+    (`llava.reduction.forms` has both ready for the usual forms).
+    """
 
     @property
     def name(self) -> str: ...
@@ -106,11 +111,35 @@ class Reducer(Protocol):
         ...
 
 
+class LayerProgram(Protocol):
+    """Runs some layers in another way than their own forward (heads or channels left out).
+
+    `first_free` is the first layer that the program leaves alone: cuts must not lie inside it.
+    """
+
+    first_free: int
+
+    def prepare(self, sequence: TokenSequence) -> dict[str, Tensor]:
+        """Indices and masks of one stage, made once and handed to every `layer` call of it."""
+        ...
+
+    def layer(self, index: int) -> Callable[..., Any] | None:
+        """A `via` for layer `index`, or None for its own forward."""
+        ...
+
+
 def check_ratio(ratio: object) -> float:
     """A kept share in [0, 1]; ValueError otherwise."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
         raise ValueError(f"kept share {ratio!r} is not accepted; give a number in [0, 1]")
     return float(ratio)
+
+
+def check_count(name: str, value: object) -> int:
+    """A number of tokens, an integer >= 0; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} {value!r} is not accepted; give a number of tokens, 0 or more")
+    return value
 
 
 def keep_highest(score: Tensor, view: View) -> Selection:

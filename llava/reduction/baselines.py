@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llava.reduction.base import Selection, Signal, View, check_ratio, keep_highest
+from llava.reduction.forms import Staged
 from llava.sequence import Per
 
 
@@ -35,13 +36,14 @@ def hash_uniform(seed_G: Tensor, index_GN: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Staged):
     """Keep `int(N * ratio)` tokens by hash. seed: another draw."""
 
     ratio: float
     seed: int = 0
     per: Per = "image"
     name: ClassVar[str] = "random"
+    positions: ClassVar[str] = "renumber"
     reads_text: ClassVar[bool] = False
     signals: ClassVar[tuple[Signal, ...]] = ()
 
@@ -62,12 +64,13 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Staged):
     """Keep `int(N * ratio)` tokens at an even stride over those that are left."""
 
     ratio: float
     per: Per = "image"
     name: ClassVar[str] = "uniform"
+    positions: ClassVar[str] = "renumber"
     reads_text: ClassVar[bool] = False
     signals: ClassVar[tuple[Signal, ...]] = ()
 

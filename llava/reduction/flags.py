@@ -18,7 +18,8 @@ def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reduction",
         metavar="PLAN",
-        help='a plan: "none", "pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]", plan.json',
+        help='a plan: "none", "pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]", '
+        '"fastv:k=2,r=0.5", methods joined by "+", plan.json',
     )
     group.add_argument("--layer_list", metavar="LIST", help='PyramidDrop\'s layers: "[8,16,24]"')
     group.add_argument(

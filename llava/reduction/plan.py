@@ -13,28 +13,30 @@ pass will hold. The decoder, the FLOP counter, the benchmarks and the reports al
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from torch import Tensor
-
-from llava.reduction.base import Reducer
+from llava.reduction.base import LayerProgram, Reducer
 from llava.reduction.baselines import Random, Uniform
+from llava.reduction.fastv import FastV
+from llava.reduction.forms import Parts, build, changed, pairs, spell, split_parts
 from llava.reduction.pyramiddrop import PyramidDrop
-from llava.sequence import Layout, TokenSequence
+from llava.sequence import PER, Layout
 
 CONFIG_KEY = "visual_token_reduction"
 POSITIONS: tuple[str, ...] = ("renumber", "original")
-REDUCERS: dict[str, Callable[..., Reducer]] = {
+# The methods. A class here reads and writes its text form (`llava.reduction.forms`) and is a
+# Reducer; a layer program that should be written with a plan stands here too.
+REDUCERS: dict[str, Any] = {
     "pyramiddrop": PyramidDrop,
     "random": Random,
     "uniform": Uniform,
+    "fastv": FastV,
 }
-_COARSENESS = {"image": 0, "sample": 1}
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,14 @@ class Cut:
     def __post_init__(self) -> None:
         if isinstance(self.at, bool) or not isinstance(self.at, int) or self.at < 0:
             raise ValueError(f"cut at layer {self.at!r} is not accepted; give an integer >= 0")
+        if self.reducer.per not in PER:
+            raise ValueError(f"per {self.reducer.per!r} is unknown; accepted: {', '.join(PER)}")
         for signal in self.reducer.signals:
             if self.at + signal.offset < 0:
                 raise ValueError(
                     f"{self.reducer.name} at layer {self.at} would measure at layer "
                     f"{self.at + signal.offset}; accepted: a cut at {-signal.offset} or later"
                 )
-
-
-class LayerProgram(Protocol):
-    """Runs some layers in another way than their own forward (heads or channels left out).
-
-    `first_free` is the first layer that the program leaves alone: cuts must not lie inside it.
-    """
-
-    first_free: int
-
-    def prepare(self, sequence: TokenSequence) -> dict[str, Tensor]:
-        """Indices and masks of one stage, made once and handed to every `layer` call of it."""
-        ...
-
-    def layer(self, index: int) -> Callable[..., Any] | None:
-        """A `via` for layer `index`, or None for its own forward."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -127,10 +114,10 @@ class ReductionPlan:
                 raise ValueError(
                     f"layers of the cuts must rise; got {[cut.at for cut in self.cuts]}"
                 )
-            if _COARSENESS[second.reducer.per] < _COARSENESS[first.reducer.per]:
+            if PER.index(second.reducer.per) < PER.index(first.reducer.per):
                 raise ValueError(
                     f"the cut at layer {second.at} ranks per {second.reducer.per!r} after one per "
-                    f"{first.reducer.per!r}; later cuts may only get coarser (image, then sample)"
+                    f"{first.reducer.per!r}; later cuts may only get coarser ({', '.join(PER)})"
                 )
         if self.program is not None:
             for cut in self.cuts:
@@ -158,34 +145,10 @@ class ReductionPlan:
 
         Layers rise from 1 on; shares lie in [0, 1] and do not rise. ValueError otherwise.
         """
-        return cls._staged("pyramiddrop", layer_list, image_token_ratio_list, positions, options)
-
-    @classmethod
-    def _staged(
-        cls, name: str, layers: Any, ratios: Any, positions: Any, options: dict[str, Any]
-    ) -> ReductionPlan:
-        layers = _number_list("layer_list", layers, int)
-        ratios = _number_list("image_token_ratio_list", ratios, (int, float))
-        if len(layers) != len(ratios):
-            raise ValueError(
-                f"layer_list {layers} has {len(layers)} entries and image_token_ratio_list "
-                f"{ratios} has {len(ratios)}; give one share a layer"
-            )
-        lowest = 1 if name == "pyramiddrop" else 0
-        if any(layer < lowest for layer in layers) or sorted(set(layers)) != layers:
-            raise ValueError(
-                f"layer_list {layers} is not accepted; give rising layer numbers from {lowest} on"
-            )
-        if any(later > earlier for earlier, later in zip(ratios, ratios[1:], strict=False)):
-            raise ValueError(
-                f"image_token_ratio_list {ratios} rises; each share is of the original tokens and "
-                "must not exceed the one before it"
-            )
-        cuts = [
-            Cut(layer, _build(name, {"ratio": ratio, **options}))
-            for layer, ratio in zip(layers, ratios, strict=True)
-        ]
-        return cls(tuple(cuts), positions=positions)
+        found = PyramidDrop.from_options(
+            {"layers": layer_list, "ratios": image_token_ratio_list, **options}
+        )
+        return cls(tuple(Cut(*pair) for pair in found.cuts), positions=positions)
 
     @classmethod
     def parse(cls, value: ReductionPlan | str | Mapping[str, Any] | None) -> ReductionPlan:
@@ -193,7 +156,8 @@ class ReductionPlan:
 
         Accepted: None or "none"; a plan; a dict from `to_dict`; the path of a JSON file with such a
         dict; text like ``pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]`` (pairs separated by
-        "," or ";", also `positions=`). Values are literals, never evaluated as code.
+        "," or ";", also `positions=`), several methods joined by "+". Values are literals, never
+        evaluated as code.
         """
         if value is None:
             return cls()
@@ -216,44 +180,45 @@ class ReductionPlan:
                 return cls.from_dict(json.loads(text))
             except json.JSONDecodeError as error:
                 raise ValueError(f"reduction {text!r} is no valid JSON: {error}") from None
-        name, _, rest = text.partition(":")
-        name = name.strip().lower()
-        if name not in REDUCERS:
-            raise ValueError(f"method {name!r} is unknown; accepted: none, {', '.join(REDUCERS)}")
-        options = _pairs(rest)
-        missing = [key for key in ("layers", "ratios") if key not in options]
-        if missing:
-            raise ValueError(
-                f"reduction {text!r} lacks {' and '.join(missing)}; "
-                f'example: "{name}:layers=[8,16,24],ratios=[0.5,0.25,0.125]"'
-            )
-        return cls._staged(
-            name,
-            options.pop("layers"),
-            options.pop("ratios"),
-            options.pop("positions", "renumber"),
-            options,
-        )
+        cuts: list[Cut] = []
+        programs, shared = [], []
+        parts = split_parts(text, REDUCERS)
+        for name, rest in parts:
+            if name not in REDUCERS:
+                raise ValueError(
+                    f"method {name!r} is unknown; accepted: none, {', '.join(REDUCERS)}"
+                )
+            options = pairs(rest)
+            shared.append({key: options.pop(key) for key in _OF_THE_PLAN if key in options})
+            found: Parts = REDUCERS[name].from_options(options)
+            cuts += [Cut(*pair) for pair in found.cuts]
+            programs += [] if found.program is None else [found.program]
+        if len(programs) > 1:
+            raise ValueError(f"reduction {text!r} has {len(programs)} layer programs; give one")
+        said = _agree(shared)
+        if "positions" not in said:
+            said["positions"] = _preset_positions([name for name, _ in parts])
+        return cls(tuple(cuts), program=programs[0] if programs else None, **said)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` gives the same plan back. ValueError for a layer program."""
+        """JSON-ready; `from_dict` gives the same plan back. ValueError for a layer program whose
+        class is no method of the table."""
+        data: dict[str, Any] = {"positions": self.positions}
         if self.program is not None:
-            raise ValueError("a plan with a layer program cannot be written as JSON")
-        return {
-            "positions": self.positions,
-            "cuts": [
-                {"at": cut.at, "method": cut.reducer.name, **cut.reducer.options()}
-                for cut in self.cuts
-            ],
-        }
+            data["program"] = {"method": _name_of(self.program), **_options_of(self.program)}
+        data["cuts"] = [
+            {"at": cut.at, "method": cut.reducer.name, **cut.reducer.options()} for cut in self.cuts
+        ]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReductionPlan:
         """The plan that `to_dict` wrote. ValueError for unknown keys, methods or values."""
-        unknown = set(data) - {"positions", "cuts"}
+        unknown = set(data) - {"positions", "cuts", "program"}
         if unknown or not isinstance(data.get("cuts", []), list):
             raise ValueError(
-                f"plan {dict(data)!r} is not accepted; keys are 'positions' and 'cuts' (a list)"
+                f"plan {dict(data)!r} is not accepted; keys are 'positions', 'program' and 'cuts' "
+                "(a list)"
             )
         cuts = []
         for entry in data.get("cuts", []):
@@ -261,30 +226,44 @@ class ReductionPlan:
                 raise ValueError(
                     f"cut {entry!r} is not accepted; keys 'at' and 'method' are needed"
                 )
-            options = {k: v for k, v in entry.items() if k not in ("at", "method")}
-            cuts.append(Cut(entry["at"], _build(entry["method"], options)))
-        return cls(tuple(cuts), positions=data.get("positions", "renumber"))
+            cuts.append(Cut(entry["at"], _made({k: v for k, v in entry.items() if k != "at"})))
+        program = data.get("program")
+        return cls(
+            tuple(cuts),
+            positions=data.get("positions", "renumber"),
+            program=None if program is None else _made(program),
+        )
 
     def __str__(self) -> str:
-        """One line that `parse` reads back when the plan has one method."""
+        """One line that `parse` reads back: the short text form where there is one, else JSON.
+        Names alone for methods that stand in no table."""
         if not self:
             return "none"
+        for write in (self._to_text, lambda: json.dumps(self.to_dict())):
+            try:
+                text = write()
+                if ReductionPlan.parse(text) == self:
+                    return text
+            except (KeyError, ValueError):
+                continue
+        own = [] if self.program is None else [type(self.program).__name__]
+        return " + ".join([*own, *(cut.reducer.name for cut in self.cuts)])
+
+    def _to_text(self) -> str:
+        cuts = [(cut.at, cut.reducer) for cut in self.cuts]
+        parts = []
         if self.program is not None:
-            return f"{type(self.program).__name__} + {len(self.cuts)} cuts"
-        names = {cut.reducer.name for cut in self.cuts}
-        shared = [dict(cut.reducer.options()) for cut in self.cuts]
-        ratios = [options.pop("ratio", None) for options in shared]
-        if len(names) > 1 or None in ratios or any(options != shared[0] for options in shared):
-            return json.dumps(self.to_dict())
-        name = names.pop()
-        defaults = _build(name, {"ratio": 1.0}).options()
-        text = f"{name}:layers={[cut.at for cut in self.cuts]},ratios={ratios}"
-        for key, value in shared[0].items():
-            if value != defaults[key]:
-                text += f",{key}={value}"
-        if self.positions != "renumber":
-            text += f",positions={self.positions}"
-        return text.replace(" ", "")
+            name = _name_of(self.program)
+            options = changed(REDUCERS[name], _options_of(self.program))
+            brought = REDUCERS[name].from_options(options).cuts
+            cuts = [cut for cut in cuts if cut not in brought]
+            parts.append((name, options))
+        for name, run in groupby(cuts, key=lambda cut: cut[1].name):
+            parts += [(name, options) for options in REDUCERS[name].to_options(list(run))]
+        presets = {REDUCERS[name].positions for name, _ in parts}
+        said = {} if presets == {self.positions} else {"positions": self.positions}
+        parts[-1] = (parts[-1][0], {**parts[-1][1], **said})
+        return "+".join(spell(name, options) for name, options in parts)
 
     # What the plan does to a batch
 
@@ -359,63 +338,50 @@ def plan_from_flags(
     return ReductionPlan.pyramid(layer_list, image_token_ratio_list)
 
 
-def _build(name: Any, options: Mapping[str, Any]) -> Reducer:
+_OF_THE_PLAN = ("positions",)
+
+
+def _agree(shared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the parts of a text say about the whole plan. ValueError when they contradict."""
+    out: dict[str, Any] = {}
+    for said in shared:
+        for key, value in said.items():
+            if out.setdefault(key, value) != value:
+                raise ValueError(f"{key} is said to be {out[key]!r} and {value!r}; give one")
+    return out
+
+
+def _preset_positions(names: Sequence[str]) -> Any:
+    presets = {REDUCERS[name].positions for name in names}
+    if len(presets) > 1:
+        which = ", ".join(f"{name}: {REDUCERS[name].positions}" for name in names)
+        raise ValueError(
+            f"the methods treat positions differently ({which}); add positions=renumber or "
+            "positions=original"
+        )
+    return presets.pop()
+
+
+def _name_of(program: LayerProgram) -> str:
+    for name, method in REDUCERS.items():
+        if type(program) is method:
+            return name
+    raise ValueError(
+        f"a plan with the layer program {type(program).__name__} cannot be written as JSON"
+    )
+
+
+def _options_of(program: Any) -> dict[str, Any]:
+    return program.options()
+
+
+def _made(entry: Mapping[str, Any]) -> Any:
+    """The method that an entry of a plan's JSON names."""
+    options = dict(entry)
+    name = options.pop("method", None)
     if name not in REDUCERS:
         raise ValueError(f"method {name!r} is unknown; accepted: {', '.join(REDUCERS)}")
-    accepted = [field.name for field in fields(REDUCERS[name])]  # type: ignore[arg-type]
-    unknown = set(options) - set(accepted)
-    if unknown:
-        raise ValueError(
-            f"{name} has no option {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}"
-        )
-    if "ratio" not in options:
-        raise ValueError(f"{name} needs the option ratio (share of the visual tokens that stays)")
-    reducer = REDUCERS[name](**options)
-    if reducer.per not in _COARSENESS:
-        raise ValueError(f"per {reducer.per!r} is unknown; accepted: {', '.join(_COARSENESS)}")
-    return reducer
-
-
-def _number_list(name: str, value: Any, kinds: type | tuple[type, ...]) -> list[Any]:
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            raise ValueError(
-                f'{name} {value!r} is no list; give something like "[8,16,24]"'
-            ) from None
-    if not isinstance(value, Iterable):
-        raise ValueError(f'{name} {value!r} is no list; give something like "[8,16,24]"')
-    items = list(value)
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, kinds):
-            wanted = "integers" if kinds is int else "numbers"
-            raise ValueError(f"{name} {items} holds {item!r}; accepted: {wanted}")
-    return items
-
-
-def _pairs(text: str) -> dict[str, Any]:
-    """``a=1,b=[2,3];c=x`` -> dict; separators inside brackets do not count."""
-    parts, depth, start = [], 0, 0
-    for index, char in enumerate(text):
-        depth += (char in "[(") - (char in "])")
-        if char in ",;" and depth == 0:
-            parts.append(text[start:index])
-            start = index + 1
-    parts.append(text[start:])
-    out: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in parts)):
-        key, sign, raw = part.partition("=")
-        if not sign:
-            raise ValueError(f"{part!r} in the reduction is no key=value pair")
-        key = key.strip()
-        if key in out:
-            raise ValueError(f"{key!r} is given twice in the reduction")
-        try:
-            out[key] = ast.literal_eval(raw.strip())
-        except (ValueError, SyntaxError):
-            out[key] = raw.strip()
-    return out
+    return build(REDUCERS[name], name, options)
 
 
 def _read_json(path: str) -> Mapping[str, Any]:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava.reduction.base import Selection, Signal, View, check_ratio, keep_highest
+from llava.reduction.forms import Staged
 from llava.sequence import Per
 
 
 @dataclass(frozen=True)
-class PyramidDrop:
+class PyramidDrop(Staged):
     """One cut. ratio: share of the original image tokens that stays. rope: rank with rotated
     queries and keys, as published. per: tokens of one "image" or of the whole "sample" compete."""
 
@@ -33,6 +34,8 @@ class PyramidDrop:
     rope: bool = True
     per: Per = "image"
     name: ClassVar[str] = "pyramiddrop"
+    positions: ClassVar[str] = "renumber"
+    lowest: ClassVar[int] = 1
     reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

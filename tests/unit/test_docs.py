@@ -7,7 +7,7 @@ import re
 
 from conftest import ROOT
 
-from llava.reduction import ReductionPlan
+from llava.reduction import REDUCERS, ReductionPlan
 
 
 def test_the_family_diff_in_the_design_page_is_real():
@@ -26,7 +26,8 @@ def test_links_between_documents_exist():
 
 def test_plans_in_the_documents_parse():
     text = (ROOT / "docs" / "Reduction.md").read_text() + (ROOT / "README.md").read_text()
-    plans = re.findall(r'(?:--reduction |")"?((?:pyramiddrop|random|uniform):[^"\n]+)"', text)
+    names = "|".join(REDUCERS)
+    plans = re.findall(rf'(?:--reduction |")"?((?:{names}):[^"\n]+)"', text)
     assert len(plans) >= 3
     for plan in plans:
         assert ReductionPlan.parse(plan)

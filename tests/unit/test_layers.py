@@ -60,7 +60,7 @@ SHIMS: frozenset[str] = frozenset(
 
 REDUCTION_SHARED = frozenset(
     f"llava.reduction{name}"
-    for name in ("", ".base", ".budget", ".plan", ".scores", ".flags", ".flops")
+    for name in ("", ".base", ".budget", ".forms", ".plan", ".scores", ".flags", ".flops")
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from llava.reduction import (
     Cut,
+    FastV,
     PyramidDrop,
     Random,
     ReductionPlan,
@@ -17,6 +18,7 @@ from llava.reduction import (
     plan_from_flags,
     resolve_plan,
 )
+from llava.reduction.forms import pairs, spell, split_parts
 from llava.sequence import Group, Layout
 
 PAPER = ReductionPlan.pyramid([8, 16, 24], [0.5, 0.25, 0.125])
@@ -30,6 +32,11 @@ PAPER = ReductionPlan.pyramid([8, 16, 24], [0.5, 0.25, 0.125])
         ReductionPlan.pyramid([1], [0.0], positions="original", rope=False),
         ReductionPlan.parse("random:layers=[0,4];ratios=[0.9,0.1];seed=3"),
         ReductionPlan((Cut(0, Uniform(0.5)), Cut(3, PyramidDrop(0.25, per="sample")))),
+        # Two runs of one method with other options, and shares that no text form accepts.
+        ReductionPlan((Cut(1, Random(0.5)), Cut(3, Random(0.25, seed=2)))),
+        ReductionPlan((Cut(1, Random(0.25)), Cut(3, Random(0.5)))),
+        ReductionPlan((Cut(2, FastV(r=0.5)),), positions="original"),
+        ReductionPlan((Cut(2, FastV(keep=144, per="image")),), positions="renumber"),
     ],
 )
 def test_round_trips(plan, tmp_path):
@@ -39,6 +46,46 @@ def test_round_trips(plan, tmp_path):
     file.write_text(json.dumps(plan.to_dict()))
     assert ReductionPlan.parse(str(file)) == plan
     assert ReductionPlan.parse(plan) is plan
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("fastv:k=2,r=0.5", ReductionPlan((Cut(2, FastV(r=0.5)),), positions="original")),
+        ("fastv: k=3 ; keep=144", ReductionPlan((Cut(3, FastV(keep=144)),), positions="original")),
+        (
+            "random:layers=[1],ratios=[0.5],per=sample + fastv:k=2,r=0.25;positions=original",
+            ReductionPlan(
+                (Cut(1, Random(0.5, per="sample")), Cut(2, FastV(r=0.25))), positions="original"
+            ),
+        ),
+        (
+            "uniform:layers=[0],ratios=[0.8]+pyramiddrop:layers=[8,16],ratios=[0.5,0.2]",
+            ReductionPlan(
+                (Cut(0, Uniform(0.8)), Cut(8, PyramidDrop(0.5)), Cut(16, PyramidDrop(0.2)))
+            ),
+        ),
+    ],
+)
+def test_text_forms(text, plan):
+    assert ReductionPlan.parse(text) == plan
+    assert ReductionPlan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"text": "question+options", "k": 3},
+        {"text": "a, b; c=[d", "share": 1e5},
+        {"names": ["x", "y z"], "flag": True, "none": None},
+        {"word": "None", "number": "1.5", "quoted": "it's"},
+    ],
+)
+def test_values_are_read_back(options):
+    text = spell("m", options) + "+fastv:k=2"
+    (name, first), second = split_parts(text, ["m", "fastv"])
+    assert (name, pairs(first)) == ("m", options)
+    assert second == ("fastv", "k=2")
 
 
 def test_the_flags_of_pyramiddrop_and_the_spelling_of_a_plan_agree():
@@ -85,7 +132,20 @@ def test_bad_lists_are_named(layers, ratios, named):
         ("random:layers=[8],ratios=[0.5],seed=-1", "-1"),
         ("random:layers=[8],layers=[9],ratios=[0.5]", "twice"),
         ("random:layers", "key=value"),
-        ("uniform:layers=[8],ratios=[0.5],per=tile", "tile"),
+        ("uniform:layers=[8],ratios=[0.5],per=patch", "patch"),
+        ("fastv:r=0.5", "needs k"),
+        ("fastv:k=2", "r (share that goes) or keep"),
+        ("fastv:k=2,r=0.5,keep=9", "one of them"),
+        ("fastv:k=2,r=1.5", "r 1.5"),
+        ("fastv:k=2,r=half", "'half'"),
+        ("fastv:k=2,keep=0.5", "keep 0.5"),
+        ("fastv:k=2,keep=-1", "keep -1"),
+        ("fastv:k=2,r=0.5,ratio=0.5", "ratio"),
+        ("fastv:k=0,r=0.5", "layer -1"),
+        ("fastv:k=two,r=0.5", "'two'"),
+        ("fastv:k=2,r=0.5+other:x=1", "'other'"),
+        ("random:layers=[1],ratios=[0.5]+fastv:k=2,r=0.5", "positions=original"),
+        ("fastv:k=2,r=0.5,positions=original+fastv:k=3,r=0.7,positions=renumber", "give one"),
         ("uniform:layers=[8],ratios=[0.5],positions=kept", "kept"),
         ("absent.json", "does not exist"),
         ("{not json", "JSON"),
@@ -120,6 +180,28 @@ def test_a_cut_behind_the_last_layer_is_refused_when_the_depth_is_known():
     PAPER.validate(25)
     with pytest.raises(ValueError, match="layer 24 does not fit a model of 24 layers"):
         PAPER.validate(24)
+
+
+def test_a_count_above_what_is_there_is_refused():
+    plan, layout = ReductionPlan.parse("fastv:k=2,keep=9"), Layout.simple(3, 8, 2)
+    with pytest.raises(ValueError, match="keep=9 is above the 8 visual tokens"):
+        plan.schedule(layout, 4)
+    # What an earlier cut took away is no mistake of the count.
+    text = "random:layers=[1],ratios=[0.5],per=sample+fastv:k=2,keep=6,positions=original"
+    assert [s.visual for s in ReductionPlan.parse(text).schedule(layout, 4)] == [(8,), (4,), (4,)]
+    with pytest.raises(ValueError, match="layer 4 does not fit a model of 4 layers"):
+        ReductionPlan.parse("fastv:k=4,r=0.5").schedule(layout, 4)
+
+
+def test_fastv_rounds_half_to_even_over_the_whole_sample():
+    budget = FastV(r=0.875).budget
+    assert [budget(n, n) for n in (4, 12, 20, 36)] == [0, 2, 2, 4]
+    assert [FastV(r=r).budget(576, 576) for r in (0.667, 0.7, 0.9, 0.95)] == [192, 173, 58, 29]
+    groups = (Group(0, 0, 9, 9), Group(0, 1, 7, 7), Group(2, 0, 5, 5))
+    stages = ReductionPlan.parse("fastv:k=1,r=0.5").schedule(
+        Layout((27, 6, 9), groups, (1,) * 3), 3
+    )
+    assert stages[1].visual == (8, 0, 2)
 
 
 def test_later_cuts_may_only_get_coarser():
