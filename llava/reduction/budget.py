@@ -35,7 +35,8 @@ from llava.reduction.flops import (
     visual_counts,
     with_tokens,
 )
-from llava.reduction.plan import REDUCERS, ReductionPlan
+from llava.reduction.forms import OneCut
+from llava.reduction.plan import REDUCERS, Cut, ReductionPlan
 from llava.utils import json_dump, user_errors
 
 LAYOUTS: tuple[tuple[float, ...], ...] = ((1 / 4, 1 / 2, 3 / 4), (1 / 16, 1 / 4, 1 / 2),
@@ -134,13 +135,14 @@ def family_of(method: str) -> Family:
     if method not in REDUCERS:
         raise ValueError(f"method {method!r} is unknown; accepted: {', '.join(REDUCERS)}")
 
-    def build(layers: Sequence[int], ratios: Sequence[float]) -> ReductionPlan:
-        cuts = [
-            {"at": layer, "method": method, "ratio": ratio}
-            for layer, ratio in zip(layers, ratios, strict=True)
-        ]
-        return ReductionPlan.from_dict({"cuts": cuts})
+    chosen = REDUCERS[method]
 
+    def build(layers: Sequence[int], ratios: Sequence[float]) -> ReductionPlan:
+        cuts = [Cut(*pair) for pair in chosen.from_shares(layers, ratios).cuts]
+        return ReductionPlan(tuple(cuts), positions=chosen.positions)
+
+    if issubclass(chosen, OneCut):
+        return Family(layouts=lambda depth: [(k,) for k in chosen.usual if k < depth], build=build)
     return Family(layouts=fractions_of, build=build)
 
 

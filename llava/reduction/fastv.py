@@ -53,6 +53,10 @@ class FastV(OneCut):
             raise ValueError(f"r {self.r!r} is not accepted; give the share that goes, in [0, 1]")
         object.__setattr__(self, "r", float(self.r))  # type: ignore[arg-type]
 
+    @classmethod
+    def share_options(cls, share: float) -> dict[str, Any]:
+        return {"r": round(1 - share, 12)}
+
     @property
     def signals(self) -> tuple[Signal, ...]:
         return (Signal("attention", offset=-1, rope=self.rope),)

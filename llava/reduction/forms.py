@@ -101,6 +101,11 @@ class Staged:
         )
 
     @classmethod
+    def from_shares(cls, layers: Sequence[int], shares: Sequence[float]) -> Parts:
+        """Cuts that leave these shares of the original tokens (the budget solver asks for them)."""
+        return cls.from_options({"layers": layers, "ratios": shares})
+
+    @classmethod
     def to_options(cls, cuts: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
         """One dict for each run of cuts that share their other options."""
         layers: list[int] = []
@@ -119,9 +124,18 @@ class Staged:
 
 
 class OneCut:
-    """Mixin of a method that is given as one cut in front of layer `k` (which k layers precede)."""
+    """Mixin of a method that is given as one cut in front of layer `k` (which k layers precede).
+
+    `usual` are the layers to try for it, the best first. A subclass says in `share_options` which
+    options leave a share of the tokens.
+    """
 
     name: ClassVar[str]
+    usual: ClassVar[tuple[int, ...]] = (2, 1)
+
+    @classmethod
+    def share_options(cls, share: float) -> dict[str, Any]:
+        raise NotImplementedError
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Parts:
@@ -134,6 +148,13 @@ class OneCut:
             )
         at = rest.pop("k")
         return Parts(((at, build(cls, cls.name, rest)),))
+
+    @classmethod
+    def from_shares(cls, layers: Sequence[int], shares: Sequence[float]) -> Parts:
+        """The cut that leaves this share. ValueError for more than one layer."""
+        if len(layers) != 1:
+            raise ValueError(f"{cls.name} cuts once; got the layers {list(layers)}")
+        return cls.from_options({"k": layers[0], **cls.share_options(shares[0])})
 
     @classmethod
     def to_options(cls, cuts: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:

@@ -141,7 +141,7 @@ def test_a_checkpoint_gives_its_own_shape(tmp_path: Path) -> None:
         (["--average-tokens", "64", "--tflops", "3"], "not allowed with"),
         ([], "required"),
         (["--tflops", "3", "--layers-of-cuts", "[8;16]"], "no list like"),
-        (["--tflops", "3", "--layers-of-cuts", "[16,8]"], "must rise"),
+        (["--tflops", "3", "--layers-of-cuts", "[16,8]"], "give rising layer"),
         (["--tflops", "3", "--layers-of-cuts", "[8,32]"], "layer 32"),
         (["--tflops", "3", "--layers", "0"], "--layers 0"),
         (["--tflops", "3", "--model-path", "nowhere"], "nowhere"),
