@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.constants import IGNORE_INDEX
 from llava.model.hf_inputs import fold_image_ids, image_token_id, unpack_pixels
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_prep import Splice, embed_splice, picture_tokens, splice
+from llava.model.multimodal_prep import Splice, Splicer, embed_splice, tile_counts
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.staged_cache import StagedCache
 from llava.model.staged_decoder import CutTrace, Record, padding_side, text_sequence
@@ -158,6 +158,7 @@ class LlavaMetaForCausalLM:
         image_sizes: Any = None,
         *,
         kind: Kind | None = None,
+        splice: Splice | None = None,
         pixel_values: Any = None,
     ) -> TokenSequence:
         """Embed a batch with its pictures.
@@ -165,15 +166,16 @@ class LlavaMetaForCausalLM:
         input_ids [B, L] with -200 at each picture; attention_mask [B, L] (None: all real), padded
         on either side; labels [B, L]. images: [n, 3, H, W], [n, tiles, 3, H, W], or a list of
         [3, H, W] or [tiles, 3, H, W]; image_sizes: (width, height) of each, for anyres. kind:
-        layout of the result (default: the side of the mask's padding). Ids, mask and labels are
-        read once on the host. Raises ValueError for pictures that do not match the marks and for a
-        sample that does not fit the context.
+        layout of the result (default: the side of the mask's padding; "packed" for training without
+        padding). Ids, mask and labels are read once on the host, unless `splice`, which
+        `self.splicer` made from the same batch, says all that already. Raises ValueError for
+        pictures that do not match the marks and for a sample that does not fit the context.
         pixel_values instead of images: what a llava-hf processor returns (`llava.model.hf_inputs`);
         image_sizes are then (height, width) and a picture is as many image ids as it has tokens.
         """
         if pixel_values is None:
             return self._splice_and_embed(
-                input_ids, attention_mask, labels, images, image_sizes, kind
+                input_ids, attention_mask, labels, images, image_sizes, kind, splice
             )[0]
         if images is not None:
             raise ValueError("images and pixel_values exclude each other; give one")
@@ -195,9 +197,33 @@ class LlavaMetaForCausalLM:
         images: Any,
         image_sizes: Any,
         kind: Kind | None,
+        plan: Splice | None = None,
         expanded: bool = False,
     ) -> tuple[TokenSequence, Splice]:
-        """expanded: the ids have one image id for each visual token instead of one mark."""
+        if plan is None:
+            plan = self._splice(
+                input_ids, attention_mask, labels, images, image_sizes, kind, expanded
+            )
+        if expanded:  # the vocabulary need not have the image id
+            input_ids = input_ids.masked_fill(input_ids == image_token_id(self.config), 0)
+        text = self.get_model().embed_tokens(input_ids.clamp_min(0))
+        tiles = self._tiles(images, input_ids.device)
+        patches = None if tiles is None else self.encode_images(tiles)
+        newline = getattr(self.get_model(), "image_newline", None)
+        return embed_splice(plan, text, patches, newline), plan
+
+    def _splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Any,
+        image_sizes: Any,
+        kind: Kind | None,
+        expanded: bool = False,
+    ) -> Splice:
+        """The host's part of a batch, from ids, mask and labels read back once. expanded: the ids
+        have one image id for each visual token instead of one mark."""
         ids = input_ids.cpu()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
         mask = mask.bool()
@@ -205,30 +231,30 @@ class LlavaMetaForCausalLM:
             kind = padding_side(mask)
             if attention_mask is not None and kind == "left" and bool(mask.all()):
                 kind = "right" if labels is not None else "left"
-        tiles, pictures = self._pictures(images, image_sizes, input_ids.device)
+        splicer = self.splicer
+        pictures = splicer.pictures(tile_counts(images), image_sizes)
         marked, real, image_id = ids.numpy(), mask.numpy(), image_token_id(self.config)
         if not expanded and image_id is not None and (marked[real] == image_id).any():
             raise ValueError(f"input_ids hold the image id {image_id} but no pixel_values came")
         if expanded:
             counts = [len(picture) for picture in pictures]
             marked, real = fold_image_ids(marked, real, counts, image_id)
-            # The vocabulary need not have the image id.
-            input_ids = input_ids.masked_fill(input_ids == image_id, 0)
-        plan = splice(
-            marked,
-            real,
-            None if labels is None else labels.cpu().numpy(),
-            pictures,
-            kind,
-            self.context_length,
+        return splicer(
+            marked, real, None if labels is None else labels.cpu().numpy(), pictures, kind
         )
-        text = self.get_model().embed_tokens(input_ids.clamp_min(0))
-        patches = None if tiles is None else self.encode_images(tiles)
-        newline = getattr(self.get_model(), "image_newline", None)
-        return embed_splice(plan, text, patches, newline), plan
 
-    def _pictures(self, images: Any, image_sizes: Any, device: Any) -> tuple[Tensor | None, list]:
-        """All tiles of the batch [T, 3, H, W] and the geometry of each picture.
+    @property
+    def splicer(self) -> Splicer:
+        """What a data worker needs to plan batches for this model (`forward(splice=...)`)."""
+        tower = self.get_vision_tower()
+        geometry = (0, 0, 0)
+        if tower is not None:
+            size = tower.config.image_size
+            geometry = (tower.tokens_per_tile, tower.num_patches_per_side, size)
+        return Splicer(self.config, *geometry, self.context_length)
+
+    def _tiles(self, images: Any, device: Any) -> Tensor | None:
+        """All tiles of the batch [T, 3, H, W].
 
         A training batch without pictures gets one black dummy that no sample uses, so that tower
         and projector run on every rank at every step.
@@ -236,39 +262,15 @@ class LlavaMetaForCausalLM:
         tower = self.get_vision_tower()
         if images is None or len(images) == 0:
             if tower is None or not self.training:
-                return None, []
+                return None
             size = tower.config.image_size
-            return torch.zeros(1, 3, size, size, dtype=tower.dtype, device=device), []
+            return torch.zeros(1, 3, size, size, dtype=tower.dtype, device=device)
         if tower is None:
             raise ValueError("images were given to a model without a vision tower")
         if isinstance(images, Tensor) and images.dim() == 4:
-            counts: list[int | None] = [None] * len(images)
-            tiles = images
-        else:
-            stacks = [image[None] if image.dim() == 3 else image for image in images]
-            bad = [tuple(stack.shape) for stack in stacks if stack.dim() != 4]
-            if bad:
-                raise ValueError(
-                    f"images of shape {bad[0]} are not accepted; give [3, H, W] or "
-                    "[tiles, 3, H, W] each"
-                )
-            counts = [len(stack) for stack in stacks]
-            tiles = torch.cat([stack.to(device) for stack in stacks])
-        sizes = [None] * len(counts) if image_sizes is None else list(image_sizes)
-        if len(sizes) != len(counts):
-            raise ValueError(f"{len(sizes)} image sizes were given for {len(counts)} images")
-        pictures = [
-            picture_tokens(
-                count,
-                patches_per_tile=tower.tokens_per_tile,
-                side=tower.num_patches_per_side,
-                tile_size=tower.config.image_size,
-                size=None if size is None else tuple(int(x) for x in size),
-                config=self.config,
-            )
-            for count, size in zip(counts, sizes, strict=True)
-        ]
-        return tiles.to(device), pictures
+            return images.to(device)
+        stacks = [image[None] if image.dim() == 3 else image for image in images]
+        return torch.cat([stack.to(device) for stack in stacks])
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -320,6 +322,8 @@ class LlavaMetaForCausalLM:
         images: Any = None,
         image_sizes: Any = None,
         sequence: TokenSequence | None = None,
+        splice: Splice | None = None,
+        packed: bool = False,
         reduction: Any = None,
         logits_to_keep: int | Literal["targets"] = 0,
         loss_mean: Literal["batch", "tokens"] = "batch",
@@ -332,6 +336,8 @@ class LlavaMetaForCausalLM:
         """One pass over a batch, or over further text tokens when `past_key_values` is filled.
 
         Inputs: as `build_sequence`, or a ready `sequence`, or text embeddings `inputs_embeds`.
+        packed: lay the samples one behind the other, without padding (training; no cache). splice:
+        as in `build_sequence`; it says the layout too.
         reduction: a plan, its text or dict, "none"; None takes the checkpoint's plan.
         logits_to_keep: 0 = all rows that are left [B, W', V], n = the last n, "targets" = the rows
         with a supervised next token [count, V], what training needs.
@@ -354,12 +360,14 @@ class LlavaMetaForCausalLM:
                     labels,
                     images,
                     image_sizes,
+                    kind="packed" if packed else None,
+                    splice=splice,
                     pixel_values=pixel_values,
                 )
             else:
                 sequence = text_sequence(inputs_embeds, attention_mask, labels)
-        packed = sequence is not None and sequence.layout.kind == "packed"
-        if use_cache is None and (self.training or packed):
+        is_packed = sequence is not None and sequence.layout.kind == "packed"
+        if use_cache is None and (self.training or is_packed):
             use_cache = False
         outputs = self.model(
             input_ids=input_ids if decoding else None,

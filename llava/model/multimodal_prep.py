@@ -148,6 +148,68 @@ class Splice:
     layout: Layout
 
 
+def tile_counts(images: Any) -> list[int | None]:
+    """Tiles of each picture as `picture_tokens` takes them: None for pictures stacked in one
+    [n, 3, H, W]. ValueError for a picture that is neither [3, H, W] nor [tiles, 3, H, W]."""
+    if images is None:
+        return []
+    if isinstance(images, Tensor) and images.dim() == 4:
+        return [None] * len(images)
+    bad = [tuple(image.shape) for image in images if image.dim() not in (3, 4)]
+    if bad:
+        raise ValueError(
+            f"images of shape {bad[0]} are not accepted; give [3, H, W] or [tiles, 3, H, W] each"
+        )
+    return [1 if image.dim() == 3 else len(image) for image in images]
+
+
+@dataclass(frozen=True)
+class Splicer:
+    """The host's whole part of a batch. It holds no weight and pickles, so that a data worker can
+    do it ahead of the device (``forward(splice=...)`` then reads nothing back).
+
+    config: what `picture_tokens` reads. patches_per_tile, side, tile_size: of the tower (0 without
+    one). max_length: tokens a sample may have.
+    """
+
+    config: Any
+    patches_per_tile: int
+    side: int
+    tile_size: int
+    max_length: int
+
+    def pictures(
+        self, tiles: Sequence[int | None], sizes: Sequence[Any] | None
+    ) -> list[Picture]:
+        """tiles: `tile_counts` of the pictures; sizes: (width, height) of each, or None. Raises
+        ValueError as `picture_tokens`, and for another number of sizes."""
+        sizes = [None] * len(tiles) if sizes is None else list(sizes)
+        if len(sizes) != len(tiles):
+            raise ValueError(f"{len(sizes)} image sizes were given for {len(tiles)} images")
+        return [
+            picture_tokens(
+                count,
+                patches_per_tile=self.patches_per_tile,
+                side=self.side,
+                tile_size=self.tile_size,
+                size=None if size is None else tuple(int(x) for x in size),
+                config=self.config,
+            )
+            for count, size in zip(tiles, sizes, strict=True)
+        ]
+
+    def __call__(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        labels: np.ndarray | None,
+        pictures: Sequence[Picture],
+        kind: Kind,
+    ) -> Splice:
+        """`splice` with this model's context."""
+        return splice(ids, mask, labels, pictures, kind, self.max_length)
+
+
 def splice(
     ids: np.ndarray,
     mask: np.ndarray,

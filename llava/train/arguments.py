@@ -204,7 +204,9 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_modality_length: bool = False
     """Batches with pictures and without kept apart, evenly long across ranks."""
     attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2 or flex_attention; sdpa by default."""
+    """eager, sdpa, varlen, flash_attention_2, flex_attention; sdpa by default, varlen if packed."""
+    packed: bool = False
+    """Lay the samples of a batch one behind the other instead of padding them to one length."""
     loss_mean: Literal["batch", "tokens"] = "batch"
     """batch: the mean over a micro-batch's targets, averaged over micro-batches (LLaVA); tokens:
     the mean over all targets of a step."""
@@ -234,6 +236,19 @@ class TrainingArguments(transformers.TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)  # several GPUs in one process would split the batch lists
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns True: the collator needs every column")
+
+    def attention_backend(self) -> str:
+        """The attention backend of the language model. ValueError for one that would mix the
+        samples of a packed batch."""
+        asked = self.attn_implementation or "sdpa"
+        if not self.packed:
+            return asked
+        if asked not in PACKED_BACKENDS:
+            raise ValueError(
+                f"--packed True with --attn_implementation {asked} would mix the samples; "
+                f"accepted: {', '.join(PACKED_BACKENDS)}"
+            )
+        return "varlen" if asked == "sdpa" else asked
 
     def _refuse_what_is_not_there(self) -> None:
         for name, accepted in NOT_AVAILABLE_YET.items():
@@ -279,6 +294,9 @@ class TrainingArguments(transformers.TrainingArguments):
                 " (--use_cpu True keeps bf16 on the CPU)" if "bf16" in off else "",
             )
 
+
+PACKED_BACKENDS = ("sdpa", "varlen", "flash_attention_2", "eager")
+"""Backends for --packed; sdpa means varlen then, eager masks the whole pack (slow, a reference)."""
 
 NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
     "deepspeed": (None, ""),

@@ -32,6 +32,7 @@ from llava.mm_utils import (
     process_images,
     truncate_to_context,
 )
+from llava.model.multimodal_prep import Splicer, tile_counts
 from llava.train.preprocess import Encoded, LabelMode, preprocess
 from llava.utils import get_logger
 
@@ -289,14 +290,18 @@ def _words(record: dict[str, Any]) -> int:
 # ---------------------------------------------------------------------------------------- collator
 @dataclasses.dataclass(frozen=True)
 class Collator:
-    """Samples -> one right-padded batch.
+    """Samples -> one batch.
 
-    Returns input_ids, labels and attention_mask [B, L], images (a tensor [n, 3, H, W] if all
-    pictures have one shape, else a list; absent pictures leave None) and image_sizes, one entry a
-    picture in the order of the batch. Text-only samples bring no picture.
+    Returns input_ids, labels and attention_mask [B, L], padded on the right; images (a tensor
+    [n, 3, H, W] if all pictures have one shape, else a list; absent when there is none) and
+    image_sizes, one entry a picture in the order of the batch; with a `splicer` (of the model) also
+    `splice`: where every token of the batch will stand, padded or `packed`, so that the forward
+    pass reads nothing back from the device.
     """
 
     pad_token_id: int
+    splicer: Splicer | None = None
+    packed: bool = False
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lengths = [len(sample["input_ids"]) for sample in samples]
@@ -319,6 +324,10 @@ class Collator:
             same = all(pixels.shape == images[0].shape for pixels in images)
             batch["images"] = torch.stack(images) if same else images
             batch["image_sizes"] = sizes
+        if self.splicer is not None:
+            pictures = self.splicer.pictures(tile_counts(batch.get("images")), sizes or None)
+            kind = "packed" if self.packed else "right"
+            batch["splice"] = self.splicer(ids, mask, labels, pictures, kind)
         return batch
 
 

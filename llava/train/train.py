@@ -120,7 +120,7 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
     cls = model_class(raw)
     config = cls.config_class.from_pretrained(folder)
     keep_checkpoint_settings(model_args, config)
-    attention = {"attn_implementation": training_args.attn_implementation or "sdpa"}
+    attention = {"attn_implementation": training_args.attention_backend()}
     if model_args.init_from_config:
         config.mm_vision_tower = config.mm_vision_config = None  # read from its own folder below
         model = cls._from_config(config, dtype=torch.float32, **attention)
@@ -427,7 +427,7 @@ def train(
         args=training_args,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id, model.splicer, training_args.packed),
         processing_class=tokenizer,
         projector_only=model_args.tune_mm_mlp_adapter,
         image_processor=getattr(model.get_vision_tower(), "image_processor", None),

@@ -234,6 +234,24 @@ def test_checkpointing_changes_nothing(files, base, tmp_path, kwargs):
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), abs=1e-5)
 
 
+@pytest.mark.parametrize("plan", [{}, {"layer_list": "[2]", "image_token_ratio_list": "[0.5]"}])
+def test_packed_training_is_padded_training(files, base, tmp_path, plan):
+    """No, one and two pictures a sample, mixed lengths: the losses of eight steps and the weights
+    behind them."""
+    flags = {"model_name_or_path": base, "max_steps": 8, "optim": "sgd", **plan, **pictures(files)}
+    weights = []
+    for name, more in {
+        "padded": {},
+        "packed": {"packed": True},
+        "eager": {"packed": True, "attn_implementation": "eager"},
+    }.items():
+        main(command(output_dir=tmp_path / name, **flags, **more))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "padded"), abs=1e-5)
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+        for key, value in weights[0].items():
+            torch.testing.assert_close(weights[-1][key], value, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_other_families_start_train_and_go_on(files, tmp_path, family):
     """Random weights -> checkpoint -> further training with the checkpoint's own settings."""
@@ -371,6 +389,7 @@ def test_dry_run_prints_what_is_learned(files, base, tmp_path, capsys):
         ({"layer_list": "__import__('os')", "image_token_ratio_list": "[0.5]"}, "__import__"),
         ({"pretrain_mm_mlp_adapter": __file__}, "cannot be loaded as a projector"),
         ({"attn_implementation": "nonsense"}, "nonsense"),
+        ({"packed": True, "attn_implementation": "flex_attention"}, "would mix the samples"),
         ({"optim": "nonsense"}, "nonsense"),
         ({"model_max_length": 4}, "4 visual tokens"),
         ({"bits": 4}, "not available yet"),
