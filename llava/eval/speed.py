@@ -247,10 +247,15 @@ def end_to_end_region(work: Workload, plan: ReductionPlan) -> Region:
 
 
 def selection_region(work: Workload, plan: ReductionPlan) -> Region:
-    """The plan's cuts alone, one after the other: measure, choose, keep, new rotary tables."""
+    """The plan's cuts alone, one after the other: measure, choose, keep, new rotary tables.
+
+    The keys that a cut reads from the cache are those of a prefill that is not timed.
+    """
     base = work.sequence()
     decoder = work.model.get_model()
     stages = plan.schedule(base.layout, work.shape.layers)
+    prefill = prefill_region(work, plan)
+    cache = prefill.run(prefill.prepare()).past_key_values
 
     @torch.inference_mode()
     def run(sequence: TokenSequence) -> None:
@@ -261,7 +266,7 @@ def selection_region(work: Workload, plan: ReductionPlan) -> Region:
                 continue
             measured = {}
             if any(signal.offset == -1 for signal in stage.cut.reducer.signals):
-                measured = decoder._measure(stage.cut, -1, sequence, rotary)
+                measured = decoder._measure(stage.cut, -1, sequence, rotary, cache)
             sequence = decoder.pdrop_rank_drop(
                 sequence, stage, facts[number], rotary, measured, plan, Record()
             )

@@ -65,6 +65,15 @@ class StagedCache(DynamicCache):
         next_position = sequence.position.amax(1) + 1
         self.stages.append(StageRecord(start, stop, layout.width, sequence.valid, next_position))
 
+    def prompt_keys(self, index: int) -> Tensor | None:
+        """Rotated keys [B, key heads, length, head_dim] that layer `index` has just stored for the
+        whole prompt; None where the layer keeps another selection of them (a sliding window, a
+        program of its own) or keeps them elsewhere."""
+        layer = self.layers[index]
+        if type(layer) is not PrefillLayer or self.offloading:
+            return None
+        return layer.keys
+
     def step(self, stage: StageRecord, count: int) -> tuple[Tensor, Tensor | None]:
         """Positions [B, count] of the next `count` tokens and the validity of all keys they may
         see [B, stored + count] (None: all real). Call before the layers store the tokens."""

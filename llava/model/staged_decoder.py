@@ -227,11 +227,9 @@ class StagedModelMixin:
         measured: dict[Signal, Tensor] = {}
         hidden = sequence.hidden
         for index in range(stage.start, stage.stop):
-            if following is not None and index == stage.stop - 1:
-                here = replace(sequence, hidden=hidden)
-                measured = self._measure(following, -1, here, rotary)
             via = program.layer(index) if program is not None else None
             extra = {} if via is None else {"via": via, "prepared": prepared}
+            here = replace(sequence, hidden=hidden)
             hidden = self.layers[index](
                 hidden,
                 attention_mask=context.masks[attention_kind(self.config, index)],
@@ -243,6 +241,9 @@ class StagedModelMixin:
                 **extra,
                 **kwargs,
             )
+            if following is not None and index == stage.stop - 1:
+                stored = cache if via is None else None
+                measured = self._measure(following, -1, here, rotary, stored)
         return hidden, measured
 
     def pdrop_rank_drop(
@@ -308,8 +309,13 @@ class StagedModelMixin:
         offset: int,
         sequence: TokenSequence,
         rotary: tuple[Tensor, Tensor],
+        cache: StagedCache | None = None,
     ) -> dict[Signal, Tensor]:
-        """The signals of one offset as token-aligned tensors [R, W, ...]."""
+        """The signals of one offset as token-aligned tensors [R, W, ...].
+
+        sequence: with the hidden state at the input of the measured layer. cache: one in which that
+        layer has stored its keys already.
+        """
         wanted = [signal for signal in cut.reducer.signals if signal.offset == offset]
         measured: dict[Signal, Tensor] = {}
         for signal in wanted:
@@ -318,12 +324,17 @@ class StagedModelMixin:
             elif signal.kind == "extra":
                 measured[signal] = sequence.extra[signal.name]
             else:
-                measured[signal] = self._probe(cut.at + offset, signal, sequence, rotary)
+                measured[signal] = self._probe(cut.at + offset, signal, sequence, rotary, cache)
         return measured
 
     @torch.no_grad()
     def _probe(
-        self, index: int, signal: Signal, sequence: TokenSequence, rotary: tuple[Tensor, Tensor]
+        self,
+        index: int,
+        signal: Signal,
+        sequence: TokenSequence,
+        rotary: tuple[Tensor, Tensor],
+        cache: StagedCache | None,
     ) -> Tensor:
         """Ask one layer for a signal. Every rank calls every probe, whatever its batch holds."""
         layer, hidden = self.layers[index], sequence.hidden.detach()
@@ -339,6 +350,9 @@ class StagedModelMixin:
             visual = sequence.facts[..., GROUP] >= 0
             visual = visual if tables.keys is None else visual.flatten()[tables.keys]
             allowed_SL = visual if allowed_SL is None else allowed_SL & visual
+        stored = None
+        if cache is not None and signal.rope and signal.norm:
+            stored = cache.prompt_keys(index)
         via = partial(layer_attention, norm=signal.norm, rope=signal.rope, window=window)
         _, mass_SLH = layer(
             hidden,
@@ -348,6 +362,7 @@ class StagedModelMixin:
             tables.weight,
             tables.keys,
             allowed_SL,
+            stored,
             via=via,
         )
         mass_SLH = mass_SLH.to(hidden.device)
@@ -398,6 +413,7 @@ def layer_attention(
     weight_SQ: Tensor | None,
     keys_SL: Tensor | None,
     allowed_SL: Tensor | None,
+    stored_SKLd: Tensor | None = None,
     *,
     norm: bool,
     rope: bool,
@@ -407,25 +423,33 @@ def layer_attention(
 
     rows_SQ: flat indices of the scoring rows; columns_SQ: their place among the keys of their
     sample; weight_SQ: weight of each row, None = one row a sample. keys_SL: flat indices of the
-    keys (packed), None = a row is a sample. allowed_SL: keys that count, None = all. Only the
-    scoring rows are projected to queries and no L x L map is made, so fast kernels stay on for the
-    layers themselves. Softmax in float32.
+    keys (packed), None = a row is a sample. allowed_SL: keys that count, None = all. stored_SKLd:
+    rotated keys that the layer has made already. Only the scoring rows are projected to queries and
+    no L x L map is made, so fast kernels stay on for the layers themselves. Softmax in float32.
     """
     attention = layer.self_attn
-    x_RWD = layer.input_layernorm(hidden_RWD) if norm else hidden_RWD
-    query = _project(attention, "q", x_RWD.flatten(0, 1)[rows_SQ])
-    key = _project(attention, "k", x_RWD)
+    normed = layer.input_layernorm if norm else (lambda x: x)
     if rope:
-        cos, sin = (table.expand(*x_RWD.shape[:2], -1) for table in (cos, sin))
-        key = key * cos[:, :, None] + rotate_half(key) * sin[:, :, None]
+        cos, sin = (table.expand(*hidden_RWD.shape[:2], -1) for table in (cos, sin))
+    if stored_SKLd is not None:
+        key, x_SQD = stored_SKLd, normed(hidden_RWD.flatten(0, 1)[rows_SQ])
+    else:
+        x_RWD = normed(hidden_RWD)
+        x_SQD = x_RWD.flatten(0, 1)[rows_SQ]
+        key = _project(attention, "k", x_RWD)
+        if rope:
+            key = key * cos[:, :, None] + rotate_half(key) * sin[:, :, None]
+        if keys_SL is not None:
+            key = key.flatten(0, 1)[keys_SL]
+        key = key.transpose(1, 2)
+    query = _project(attention, "q", x_SQD)
+    if rope:
         cos, sin = (table.flatten(0, 1)[rows_SQ][:, :, None] for table in (cos, sin))
         query = query * cos + rotate_half(query) * sin
-    if keys_SL is not None:
-        key = key.flatten(0, 1)[keys_SL]
     samples, rows, heads, dim = query.shape
-    kv_heads = key.shape[2]
+    kv_heads = key.shape[1]
     query = query.view(samples, rows, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
-    logits = query.flatten(2, 3) @ key.permute(0, 2, 3, 1)
+    logits = query.flatten(2, 3) @ key.transpose(2, 3)
     logits = logits.view(samples, heads, rows, -1).float() * attention.scaling
     column = torch.arange(logits.shape[-1], device=logits.device)
     unseen = column > columns_SQ[..., None]

@@ -78,6 +78,28 @@ def test_attention_is_that_of_the_layer(family, kind, offset):
     assert group == view.valid.shape[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_keys_serve_where_they_are_the_same(family):
+    """In front of the cut the layer has stored its keys: they are read, not made again, unless the
+    layer has a window. What is measured does not change."""
+    ours, signal = tiny_model(family), Signal("attention", offset=-1)
+    sequence = ours.build_sequence(**batch(prompts(), "left"))
+    calls: list[int] = []
+    attention = ours.model.layers[AT - 1].self_attn
+    attention.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    seen = []
+    for use_cache in (False, True):
+        calls.clear()
+        probe = Probe((signal,))
+        plan = ReductionPlan((Cut(AT, probe),))
+        with torch.no_grad():
+            ours(sequence=sequence, reduction=plan, use_cache=use_cache)
+        stored = use_cache and family in ("llama", "qwen3")
+        assert len(calls) == (1 if stored else 2)
+        seen.append(probe.seen[0].signals[signal])
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_variants_of_the_attention(family):
     """Without rotation, without the input norm, over the visual tokens alone."""
