@@ -47,7 +47,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     if os.path.isdir(path):
         raise ValueError(f"image path is a folder, a file is needed: {path}")
     with open(path, "rb") as file:
-        return _decode(file, str(path))
+        return decode_image(file, str(path))
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
@@ -59,10 +59,12 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
         data = base64.b64decode(image)
     except binascii.Error as err:
         raise ValueError(f"not a base64 string ({err}): {str(image)[:40]!r}") from err
-    return _decode(BytesIO(data), "base64 string", mode=None)
+    return decode_image(BytesIO(data), "base64 string", mode=None)
 
 
-def _decode(file: Any, name: str, mode: str | None = "RGB") -> Image.Image:
+def decode_image(file: Any, name: str, mode: str | None = "RGB") -> Image.Image:
+    """The picture in an open file, converted to `mode` (None: as stored). ValueError, with `name`,
+    for what is no picture or a damaged one."""
     try:
         with Image.open(file) as image:
             image.load()
