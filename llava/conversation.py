@@ -290,7 +290,7 @@ conv_templates: dict[str, Conversation] = _build_table()
 default_conversation: Conversation = conv_templates["v1"]
 
 # Which template a published name means, first match wins (LLaVA's `run_llava`, with the families
-# of LLaVA-NeXT in front). A hint for people who give no --conv-mode, never a rule for loading.
+# of LLaVA-NeXT in front). A hint for people, never a rule: `resolve_conv_mode` reads the config.
 _NAME_HINTS = (
     ("qwen", "qwen_1_5"),
     ("llama-3", "llava_llama_3"),
@@ -318,11 +318,31 @@ def get_conversation(conv_mode: str) -> Conversation:
     return conv_templates[conv_mode].copy()
 
 
-def resolve_conv_mode(flag: str | None, config: object, model_name: str) -> tuple[str, str]:
+# Which template a checkpoint means that does not say: by decoder and size of the vocabulary, first
+# match wins. (model types, least vocabulary, template). Published checkpoints it stands for:
+# docs/Checkpoints.md. LLaVA over Llama-2-chat cannot be told from Vicuna: give --conv-mode there.
+_CONFIG_TABLE = (
+    (("llava_mistral", "mistral"), 0, "mistral_instruct"),
+    (("llava_qwen", "qwen2", "llava_qwen3", "qwen3"), 0, "qwen_1_5"),
+    (("llava_llama", "llava", "llama"), 128_000, "llava_llama_3"),
+    (("llava_llama", "llava", "llama"), 64_000, "chatml_direct"),  # Yi-34B
+)
+
+
+def conv_mode_of_config(config: object) -> str:
+    """The template of the documented table: by `model_type` and `vocab_size`, else vicuna_v1."""
+    kind, vocabulary = getattr(config, "model_type", None), getattr(config, "vocab_size", None) or 0
+    for kinds, least, mode in _CONFIG_TABLE:
+        if kind in kinds and vocabulary >= least:
+            return mode
+    return "vicuna_v1"
+
+
+def resolve_conv_mode(flag: str | None, config: object) -> tuple[str, str]:
     """Which template wins and where it came from: the flag's ("flag"), else the checkpoint's own
-    `conv_mode` ("checkpoint"), else the one its name suggests ("name"). ValueError if unknown."""
+    `conv_mode` ("checkpoint"), else the table's ("config table"). ValueError if unknown."""
     stored = getattr(config, "conv_mode", None)
-    source = "flag" if flag else "checkpoint" if stored else "name"
-    mode = flag or stored or infer_conv_mode(model_name)
+    source = "flag" if flag else "checkpoint" if stored else "config table"
+    mode = flag or stored or conv_mode_of_config(config)
     get_conversation(mode)
     return mode, source

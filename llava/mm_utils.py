@@ -82,12 +82,18 @@ def clip_image_processor_class() -> type:
     transformers 5 gives it a name of its own (`CLIPImageProcessor` means the torchvision backend
     there, which resamples differently); older versions know only the one name.
     """
+    return _on_pil("CLIPImageProcessor")
+
+
+def siglip_image_processor_class() -> type:
+    """SigLIP's image processor on PIL and numpy, as `clip_image_processor_class`."""
+    return _on_pil("SiglipImageProcessor")
+
+
+def _on_pil(name: str) -> type:
     import transformers
 
-    try:
-        return transformers.CLIPImageProcessorPil
-    except AttributeError:
-        return transformers.CLIPImageProcessor
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
 
 
 def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:

@@ -90,7 +90,7 @@ def answer_questions(
         decoding = Decoding() if max_new_tokens is None else Decoding(max_new_tokens)
     plan, source = resolve_plan(reduction, model.config)
     plan.validate(model.config.num_hidden_layers)
-    conv_mode, conv_source = resolve_conv_mode(conv_mode, model.config, model_id)
+    conv_mode, conv_source = resolve_conv_mode(conv_mode, model.config)
     check_images_exist(questions, image_folder)
     log.info("plan: %s (%s); template: %s (%s)", plan, source, conv_mode, conv_source)
     run = _Run(

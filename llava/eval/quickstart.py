@@ -104,7 +104,7 @@ class Checkpoint:
     def batch(self, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
         """Model inputs of some questions, left-padded."""
         config = self.model.config
-        conv_mode, _ = resolve_conv_mode(None, config, self.name)
+        conv_mode, _ = resolve_conv_mode(None, config)
         start_end = getattr(config, "mm_use_im_start_end", False)
         prompts = [
             build_prompt(q.text, conv_mode, len(q.images), start_end, self.tokenizer)

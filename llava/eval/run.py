@@ -106,7 +106,7 @@ def evaluate(
         "checkpoint": model_id,
         "plan": str(plan),
         "plan_source": source,
-        "conv_mode": resolve_conv_mode(conv_mode, model.config, model_id)[0],
+        "conv_mode": resolve_conv_mode(conv_mode, model.config)[0],
         "decoding": asdict(decoding),
         "blind": blind,
         "n": scores.n,

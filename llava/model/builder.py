@@ -1,26 +1,39 @@
 """Load a checkpoint with its tokenizer and image processor.
 
-A checkpoint is recognised by its files and config keys, never by the name of its folder. Read here:
-folders in LLaVA's layout (flat config.json with `mm_vision_tower`, one or several safetensors or
-.bin files, with or without the tower's weights).
+Special here: LLaVA's `load_pretrained_model`, for every public layout. A checkpoint is recognised
+by its files and config keys, never by the name of its folder; all that lies in it is brought to one
+state dict under LLaVA's names (`assemble`), checked by name and shape against the config, and given
+to transformers' own loader, which casts, quantises and places it. What was chosen, and why, is
+said in `Loaded.choices` and logged.
+
+    tokenizer, model, image_processor, context_length = load_pretrained_model("llava-v1.5-7b")
 """
 
 from __future__ import annotations
 
-import json
-import os
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+)
+from llava.conversation import resolve_conv_mode
+from llava.mm_utils import ASPECT_RATIOS
+from llava.model.assemble import ARCHITECTURES, Parts, assemble, check_weights
+from llava.model.checkpoint_layout import read_json
+from llava.model.choices import Choice, Choices
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
-from llava.model.multimodal_encoder.clip_encoder import processor_for
-from llava.reduction.plan import CONFIG_KEY, ReductionPlan
+from llava.reduction.plan import CONFIG_KEY, ReductionPlan, resolve_plan
 from llava.utils import get_logger
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -30,98 +43,358 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "llava_qwen": (LlavaQwen2Config, LlavaQwen2ForCausalLM),
     "llava_qwen3": (LlavaQwen3Config, LlavaQwen3ForCausalLM),
 }
-TOWER_PREFIX = "model.vision_tower."
+# What PyramidDrop's checkpoints were trained with; their config.json does not say.
+PUBLISHED_PYRAMID = '--layer_list "[8,16,24]" --image_token_ratio_list "[0.5,0.25,0.125]"'
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Loaded:
+    """A loaded checkpoint. image_processor: None for a model without a tower. context_length:
+    tokens, visual ones included. unused: names of weights that the model has no place for."""
+
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    context_length: int
+    choices: Choices
+    unused: tuple[str, ...] = ()
 
 
 def load_pretrained_model(
-    model_path: str | os.PathLike[str],
-    model_base: str | None = None,
+    model_path: str | Path,
+    model_base: str | Path | None = None,
     model_name: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
     device_map: Any = "auto",
     device: str | torch.device | None = None,
-    *,
-    reduction: Any = None,
-    dtype: torch.dtype | None = None,
-    attn_implementation: str | None = None,
+    use_flash_attn: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any, Any, int]:
     """(tokenizer, model in eval mode, image processor or None, context length).
 
-    LLaVA's signature; model_name is accepted and not read. device: default CUDA when there is one,
-    else the CPU; device_map is used on CUDA alone. dtype: default float32 on the CPU, else the
-    checkpoint's. reduction: a plan that replaces the checkpoint's. Raises ValueError when the
-    folder, a weight or an option is missing, by name.
+    LLaVA's signature; model_name is accepted and not read, and device None means CUDA, else MPS,
+    else the CPU. options: the keywords of `load_checkpoint`. Raises ValueError when the folder, a
+    weight or an option is missing or does not fit, by name.
     """
-    if model_base is not None or load_8bit or load_4bit:
+    if use_flash_attn:
+        options.setdefault("attn_implementation", "flash_attention_2")
+    if "torch_dtype" in options:  # transformers 4's name, which LLaVA's callers use
+        options["dtype"] = options.pop("torch_dtype")
+    loaded = load_checkpoint(
+        model_path,
+        model_base,
+        load_8bit=load_8bit,
+        load_4bit=load_4bit,
+        device_map=device_map,
+        device=device,
+        **options,
+    )
+    return loaded.tokenizer, loaded.model, loaded.image_processor, loaded.context_length
+
+
+def load_checkpoint(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    *,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = "auto",
+    device: str | torch.device | None = None,
+    reduction: Any = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    vision_tower: str | Path | None = None,
+    image_aspect_ratio: str | None = None,
+    conv_mode: str | None = None,
+    max_memory: dict[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
+) -> Loaded:
+    """Load a checkpoint of any layout; see docs/Checkpoints.md.
+
+    model_path: a folder, or a hub id. model_base: what a LoRA or projector-only folder was trained
+    over. device_map: "auto" counts on CUDA or with max_memory; a dict always. dtype: None is
+    float16 on CUDA and MPS and float32 on the CPU; "checkpoint" the checkpoint's; or a dtype.
+    reduction, vision_tower, image_aspect_ratio, conv_mode: replace the checkpoint's.
+    offload_folder: for weights that device_map puts on "disk" (default: a temporary folder).
+    ValueError, by name, for whatever is missing, damaged or contradictory.
+    """
+    place = pick_device(device)
+    quantised = _quantisation(load_8bit, load_4bit, place)
+    folder = resolve_folder(model_path)
+    base = None if model_base is None else resolve_folder(model_base)
+    wanted = None if dtype == "checkpoint" else _dtype(dtype, place)
+    parts = assemble(folder, base, vision_tower, wanted)
+    config = read_config(parts)
+    dtype_choice = _settle_dtype(dtype, wanted, parts, place)
+    choices = Choices(
+        weights=parts.origin,
+        tower=parts.tower,
+        template=Choice(*resolve_conv_mode(conv_mode, config)),
+        image_mode=_image_mode(config, image_aspect_ratio),
+        dtype=dtype_choice,
+        device=Choice(place, "flag" if device is not None else "what is there"),
+        plan=_plan(config, reduction, parts),
+    )
+    family = FAMILIES[parts.config["model_type"]][1]
+    with torch.device("meta"):
+        unused = check_weights(parts.weights, family(config), str(folder))
+    if unused:
+        log.warning("%s: weights that have no place in the model: %s", folder, ", ".join(unused))
+    for name in unused:
+        del parts.weights[name]
+    placement, memory = _placement(place, device_map, max_memory)
+    model = _load(
+        family,
+        config,
+        parts,
+        dtype=dtype_choice.value,
+        device_map=placement,
+        max_memory=memory,
+        offload_folder=offload_folder,
+        quantization_config=quantised,
+        attn_implementation=attn_implementation,
+    )
+    tokenizer = load_tokenizer(parts.folders)
+    _add_image_tokens(model, tokenizer)
+    processor = _image_processor(model, parts)
+    for line in choices.lines():
+        log.info("%s", line)
+    return Loaded(tokenizer, model.eval(), processor, model.context_length, choices, tuple(unused))
+
+
+# -------------------------------------------------------------------------------------- what it is
+def resolve_folder(name: str | Path) -> Path:
+    """A local folder, or the local copy of a hub repository. ValueError when there is none."""
+    path = Path(name).expanduser()
+    text = str(name)
+    if path.is_dir() or path.is_absolute() or text.count("/") != 1 or text.startswith("."):
+        return path  # `inspect_checkpoint` names what is wrong with it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
         raise ValueError(
-            "model_base (LoRA, projector only), load_8bit and load_4bit are not supported yet; "
-            "give the path of a full checkpoint"
-        )
-    path = Path(model_path)
-    config, model_class = _read_config(path)
+            f"{text} is neither a folder here nor to be had from the hub: {first}"
+        ) from None
+
+
+def read_config(parts: Parts) -> Any:
+    """The config object of assembled parts."""
+    raw = {key: value for key, value in parts.config.items() if key != "model_type"}
+    config = FAMILIES[parts.config["model_type"]][0].from_dict(raw)
+    config.architectures = None
+    return config
+
+
+def _plan(config: Any, reduction: Any, parts: Parts) -> Choice:
+    """Settle the plan and write it into the config."""
     if reduction is not None:
         setattr(config, CONFIG_KEY, ReductionPlan.parse(reduction).to_dict())
+    plan, source = resolve_plan(None, config)
+    plan.validate(config.num_hidden_layers)
+    pyramid = "LlavaLlamaForCausalLM_PDrop" in (parts.config.get("architectures") or ())
+    if pyramid and source == "default":
+        log.warning(
+            "%s was trained with PyramidDrop, but its config.json names no plan: NO visual token "
+            "is dropped. The published training used %s: give these flags to drop them",
+            parts.folders[0],
+            PUBLISHED_PYRAMID,
+        )
+    return Choice(plan, "flag" if reduction is not None else source)
+
+
+def _image_mode(config: Any, asked: str | None) -> Choice:
+    if getattr(config, "mm_vision_tower", None) is None:
+        return Choice("none", "config.json: no vision tower")
+    if asked is not None:
+        config.image_aspect_ratio = asked
+    mode = getattr(config, "image_aspect_ratio", None)
+    if mode not in ASPECT_RATIOS:
+        raise ValueError(f"image_aspect_ratio is {mode!r}; accepted: {ASPECT_RATIOS}")
+    if mode == "anyres" and not getattr(config, "image_grid_pinpoints", None):
+        raise ValueError("image_aspect_ratio 'anyres' needs image_grid_pinpoints in config.json")
+    return Choice(mode or "square", "flag" if asked is not None else "config.json")
+
+
+# -------------------------------------------------------------------------------- dtype and devices
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else CUDA, else MPS, else the CPU. ValueError when it is not there."""
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_cuda = torch.device(device).type == "cuda"
-    if dtype is None:
-        dtype = getattr(config, "dtype", None) if on_cuda else torch.float32
-    placement = device_map if on_cuda and device_map is not None else None
-    options = {"dtype": dtype, "device_map": placement, "output_loading_info": True}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model, report = model_class.from_pretrained(path, config=config, **options)
-    _complete(model, report, path)
-    if placement is None:
-        model.to(device)
-    tower = model.get_vision_tower()
-    processor = None
-    if tower is not None:
-        if (path / "preprocessor_config.json").is_file():
-            tower.image_processor = type(processor_for(tower.config)).from_pretrained(path)
-        processor = tower.image_processor
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return tokenizer, model.eval(), processor, model.context_length
-
-
-def _read_config(path: Path) -> tuple[Any, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{path} is no checkpoint: config.json is missing")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        kind = json.loads(file.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from None
-    if kind not in FAMILIES:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; accepted: cpu, cuda, mps") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if place.type not in ("cpu", *there):
+        raise ValueError(f"device {device!r} is not supported; accepted: cpu, cuda, mps")
+    if place.type in there and not there[place.type]():
+        raise ValueError(f"device {device!r} was asked for, but this machine or torch has none")
+    return place
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f"{file} has model_type {kind!r}; accepted: {', '.join(FAMILIES)} (LLaVA's layout)"
+            f"dtype {dtype!r} is not accepted; give checkpoint, float16, bfloat16 or float32"
         )
-    config_class, model_class = FAMILIES[kind]
-    config = config_class.from_pretrained(path)
-    tower = getattr(config, "mm_vision_tower", None)
-    own = getattr(config, "mm_vision_config", None)
-    if tower and own is None and (Path(tower) / "config.json").is_file():
-        # With the tower's structure known, weights that the checkpoint may hold are used.
-        config.mm_vision_config = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
-    return config, model_class
+    return found
 
 
-def _complete(model: Any, report: dict[str, Any], path: Path) -> None:
-    """Read the tower from its own folder if the checkpoint has none; refuse any other gap."""
-    missing = sorted(report["missing_keys"])
+def _settle_dtype(
+    asked: torch.dtype | str | None, wanted: torch.dtype | None, parts: Parts, device: torch.device
+) -> Choice:
+    if wanted is not None:
+        return Choice(wanted, "flag" if asked is not None else f"default on {device.type}")
+    stored = parts.config.get("dtype") or parts.config.get("torch_dtype")
+    if stored:
+        return Choice(_dtype(stored, device), "config.json")
+    first = next((value for value in parts.weights.values() if value.is_floating_point()), None)
+    return Choice(torch.float32 if first is None else first.dtype, "the weights")
+
+
+def _placement(
+    device: torch.device, device_map: Any, max_memory: dict[Any, Any] | None
+) -> tuple[Any, dict[Any, Any] | None]:
+    """transformers' device_map: a given dict; a strategy on CUDA or with max_memory; else one
+    device for everything."""
+    if isinstance(device_map, dict):
+        return device_map, max_memory
+    if device_map is not None and (device == torch.device("cuda") or max_memory is not None):
+        return device_map, max_memory
+    return {"": device}, None
+
+
+def _quantisation(load_8bit: bool, load_4bit: bool, device: torch.device) -> Any:
+    """bitsandbytes' settings, LLaVA's. ValueError without the package or a device it can use."""
+    if not (load_8bit or load_4bit):
+        return None
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"load_{4 if load_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes "
+            f"({error})"
+        ) from error
+    if device.type == "mps":
+        raise ValueError("bitsandbytes cannot quantise on mps; use cuda, or load without it")
+    keep = ["vision_tower", "mm_projector", "lm_head"]
+    if load_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=keep,
+    )
+
+
+def _load(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
+    """The model through transformers' loader; every weight comes from `parts`."""
+    on_disk = isinstance(options["device_map"], dict) and "disk" in options["device_map"].values()
+    if options["offload_folder"] is None and (on_disk or options["max_memory"] is not None):
+        options["offload_folder"] = tempfile.mkdtemp(prefix="llava-offload-")
+    options = {key: value for key, value in options.items() if value is not None}
+    model, report = family.from_pretrained(
+        None, config=config, state_dict=parts.weights, output_loading_info=True, **options
+    )
+    gaps = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
+    assert not gaps, f"checked before, and yet {gaps}"
+    settings = parts.folders[0] / "generation_config.json"
+    if settings.is_file():
+        model.generation_config = _generation_config(settings)
+    return model
+
+
+def _generation_config(file: Path) -> GenerationConfig:
+    """The folder's generation settings, without sampling settings that contradict greedy decoding
+    (Vicuna ships such a file, which transformers refuses to save)."""
+    values = read_json(file)
+    if not values.get("do_sample"):
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            values.pop(name, None)
+    return GenerationConfig.from_dict(values)
+
+
+# -------------------------------------------------------------------------- tokenizer and processor
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(folders: tuple[Path, ...]) -> Any:
+    """The tokenizer of the first folder that has one. ValueError when none has."""
+    for folder in folders:
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            try:
+                return AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    raise ValueError(f"{folders[0]} has no tokenizer; looked for {', '.join(_TOKENIZER_FILES)}")
+
+
+def _add_image_tokens(model: Any, tokenizer: Any) -> None:
+    """Add LLaVA's marks where the config asks for them and the tokenizer lacks them.
+
+    A vocabulary that then outgrows the embeddings is refused for <im_start> and <im_end>, which
+    need trained rows. <im_patch> is never part of a prompt and is left out of the model.
+    """
+    config = model.config
+    if getattr(config, "mm_use_im_patch_token", False):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(config, "mm_use_im_start_end", False):
+        marks = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+        tokenizer.add_tokens(marks, special_tokens=True)
+        highest = max(tokenizer.convert_tokens_to_ids(marks))
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"mm_use_im_start_end needs trained embeddings of {', '.join(marks)}, but the "
+                f"checkpoint has {config.vocab_size} rows and the marks are ids up to {highest}"
+            )
+
+
+def _image_processor(model: Any, parts: Parts) -> Any:
+    """The checkpoint's own processor, else its tower's, else the usual one for the tower's size."""
     tower = model.get_vision_tower()
-    other = [key for key in missing if not key.startswith(TOWER_PREFIX)]
-    mismatched = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
-    if other or mismatched:
-        raise ValueError(
-            f"checkpoint {path} does not fit its config.json; missing: {other or 'none'}, of "
-            f"another shape: {mismatched or 'none'}"
-        )
-    unexpected = sorted(report.get("unexpected_keys", ()))
-    if unexpected:
-        get_logger(__name__).warning("checkpoint %s: keys not used: %s", path, unexpected)
-    if tower is not None and (missing or not tower.is_loaded):
-        dtype, device = model.dtype, model.device
-        tower.load_model()
-        tower.to(device=device, dtype=dtype)
+    if tower is None:
+        return None
+    settings = _processor_settings(parts.folders)
+    if settings is not None:
+        tower.image_processor = tower.processor_class().from_dict(settings)
+    elif parts.processor is not None:
+        tower.image_processor = parts.processor
+    return tower.image_processor
+
+
+_PROCESSOR_KEYS = (
+    "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize",
+    "image_mean", "image_std", "resample", "rescale_factor", "size",
+)  # fmt: skip
+
+
+def _processor_settings(folders: tuple[Path, ...]) -> dict[str, Any] | None:
+    """Settings of the checkpoint's image processor: `preprocessor_config.json`, or the part of
+    `processor_config.json` where transformers 5 keeps them. Tiling is LLaVA's own here."""
+    for folder in folders:
+        file, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+        values = read_json(file) if file.is_file() else None
+        if values is None and nested.is_file():
+            values = read_json(nested).get("image_processor")
+        if values:
+            return {key: values[key] for key in _PROCESSOR_KEYS if values.get(key) is not None}
+    return None
+
+
+__all__ = ["ARCHITECTURES", "FAMILIES", "Loaded", "load_checkpoint", "load_pretrained_model"]

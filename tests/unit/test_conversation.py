@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import DATA
 
@@ -125,11 +127,27 @@ def test_which_template_wins():
     class Config:
         conv_mode = "plain"
 
-    assert resolve_conv_mode("v1", Config(), "x-mpt") == ("v1", "flag")
-    assert resolve_conv_mode(None, Config(), "x-mpt") == ("plain", "checkpoint")
-    assert resolve_conv_mode(None, object(), "x-mpt") == ("mpt", "name")
+    assert resolve_conv_mode("v1", Config()) == ("v1", "flag")
+    assert resolve_conv_mode(None, Config()) == ("plain", "checkpoint")
+    assert resolve_conv_mode(None, object()) == ("vicuna_v1", "config table")
     with pytest.raises(ValueError, match="nonsense"):
-        resolve_conv_mode("nonsense", object(), "")
+        resolve_conv_mode("nonsense", object())
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "mode"),
+    [
+        ("llava_llama", 32000, "vicuna_v1"),
+        ("llava_llama", 32064, "vicuna_v1"),
+        ("llava_llama", 64000, "chatml_direct"),
+        ("llava_llama", 128256, "llava_llama_3"),
+        ("llava_mistral", 32000, "mistral_instruct"),
+        ("llava_qwen", 151936, "qwen_1_5"),
+    ],
+)
+def test_the_table_of_templates(kind: str, vocabulary: int, mode: str):
+    config = SimpleNamespace(model_type=kind, vocab_size=vocabulary)
+    assert resolve_conv_mode(None, config) == (mode, "config table")
 
 
 def test_stop_string_is_text_only_where_the_separator_is():

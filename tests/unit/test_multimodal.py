@@ -275,8 +275,6 @@ def test_broken_checkpoints_are_named(checkpoint, tmp_path):
     folder, _ = checkpoint
     with pytest.raises(ValueError, match=r"config.json is missing"):
         load_pretrained_model(tmp_path)
-    with pytest.raises(ValueError, match="not supported yet"):
-        load_pretrained_model(folder, load_4bit=True)
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

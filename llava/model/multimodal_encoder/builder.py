@@ -6,18 +6,50 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
+from transformers import AutoConfig
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 
-TOWERS: dict[str, type[nn.Module]] = {"clip_vision_model": CLIPVisionTower, "clip": CLIPVisionTower}
+TOWERS: dict[str, type[CLIPVisionTower]] = {
+    "clip_vision_model": CLIPVisionTower,
+    "clip": CLIPVisionTower,
+    "siglip_vision_model": SiglipVisionTower,
+    "siglip": SiglipVisionTower,
+}
+# The structure of published towers, for checkpoints that hold the weights and name the tower: with
+# it nothing needs to be downloaded. Values: the config.json of the hub repository.
+_CLIP_L: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_SIGLIP_SO: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14": {**_CLIP_L, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": {**_CLIP_L, "image_size": 336},
+    "google/siglip-so400m-patch14-384": {**_SIGLIP_SO, "image_size": 384},
+}
 
 
 def build_vision_tower(config: Any, delay_load: bool = True) -> Any:
     """The tower that `config.mm_vision_tower` names.
 
     A local folder is recognised by the `model_type` of its config.json; a checkpoint that holds its
-    own tower by `mm_vision_config`; a hub id is taken as CLIP. ValueError for another type.
+    own tower by `mm_vision_config`; a published hub id by `PUBLISHED`; another hub id is taken as
+    CLIP. ValueError for another type.
     """
     name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
     if not name:
@@ -29,7 +61,53 @@ def build_vision_tower(config: Any, delay_load: bool = True) -> Any:
     elif file.is_file():
         kind = json.loads(file.read_text()).get("model_type")
     else:
-        kind = "clip_vision_model"
+        kind = PUBLISHED.get(name, _CLIP_L)["model_type"]
+    return tower_class(kind, name)(name, config, delay_load)
+
+
+def tower_class(kind: Any, name: str) -> type[CLIPVisionTower]:
+    """The class for a `model_type`. ValueError for one that is not known."""
     if kind not in TOWERS:
         raise ValueError(f"vision tower {name!r} is a {kind!r}; accepted: {', '.join(TOWERS)}")
-    return TOWERS[kind](name, config, delay_load)
+    return TOWERS[kind]
+
+
+def tower_structure(name: str, holder: str | Path) -> dict[str, Any]:
+    """The vision config, as a dict, of the tower `name`: a folder, a published id, or a hub id.
+
+    holder: the checkpoint that holds the weights, for the message. ValueError when it is not to be
+    had.
+    """
+    if not Path(name).is_dir() and name in PUBLISHED:
+        return dict(PUBLISHED[name])
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{holder} holds the weights of its vision tower but not its structure, and "
+            f"{name!r} (mm_vision_tower) cannot be read; give its folder (--vision-tower). "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return vision_config(config, name)
+
+
+def vision_config(config: Any, name: str) -> dict[str, Any]:
+    """The vision part of a tower's config, as a dict with its `model_type`."""
+    tower_class(config.model_type, name)
+    config = getattr(config, "vision_config", config)
+    return {**config.to_diff_dict(), "model_type": config.model_type}
+
+
+def read_tower(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """(vision config as a dict, weights, image processor) of a tower in its own folder or on the
+    hub. ValueError when it cannot be read, or lacks a weight."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"vision tower {name!r} cannot be read; give a folder with config.json, weights and "
+            f"preprocessor_config.json, or a hub id ({str(error).splitlines()[0]})"
+        ) from error
+    structure = vision_config(config, name)
+    model, processor = tower_class(config.model_type, name).read(name)
+    return structure, model.state_dict(), processor

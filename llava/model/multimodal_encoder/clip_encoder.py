@@ -5,7 +5,7 @@ Source: LLaVA-1.5, `mm_vision_select_layer` -2 and `mm_vision_select_feature` "p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ class CLIPVisionTower(nn.Module):
     by `load_model`, which must run outside any meta-device context.
     """
 
+    model_class: ClassVar[Any] = CLIPVisionModel
+    config_class: ClassVar[Any] = CLIPVisionConfig
+    class_tokens: ClassVar[int] = 1
+    settings: ClassVar[dict[str, Any]] = {}  # of the vision config, whatever the checkpoint says
+
     def __init__(self, name: str, config: Any, delay_load: bool = True) -> None:
         super().__init__()
         self.vision_tower_name = name
@@ -37,36 +42,59 @@ class CLIPVisionTower(nn.Module):
         self.is_loaded = False
         own = getattr(config, "mm_vision_config", None)
         if own is not None:
-            self._adopt(CLIPVisionModel(CLIPVisionConfig(**own)))
-            self.image_processor = processor_for(self.config)
+            self._adopt(self.model_class(self.config_class(**{**own, **self.settings})))
+            self.image_processor = self.default_processor(self.config)
         elif not delay_load:
             self.load_model()
 
-    def _adopt(self, tower: CLIPVisionModel) -> None:
+    @staticmethod
+    def processor_class() -> Any:
+        """The image processor's class; imported late, it needs Pillow."""
+        return clip_image_processor_class()
+
+    @classmethod
+    def default_processor(cls, config: Any) -> Any:
+        """The image processor (its usual mean and deviation) for a tower's picture size."""
+        return processor_for(config)
+
+    @classmethod
+    def read(cls, name: str, device_map: Any = None) -> tuple[Any, Any]:
+        """(vision model, image processor) from a folder or the hub. ValueError when they cannot be
+        read, or when a weight is missing."""
+        try:
+            model, report = cls.model_class.from_pretrained(
+                name, device_map=device_map, output_loading_info=True, **cls.settings
+            )
+            processor = cls.processor_class().from_pretrained(name)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"vision tower {name!r} cannot be read; give a folder with config.json, weights "
+                f"and preprocessor_config.json, or a hub id ({error})"
+            ) from error
+        if report["missing_keys"]:
+            raise ValueError(
+                f"vision tower {name!r} lacks weights: {', '.join(sorted(report['missing_keys']))}"
+            )
+        return model, processor
+
+    def _adopt(self, tower: Any) -> None:
         self.vision_tower = tower.requires_grad_(False)
         self.is_loaded = True
 
     def load_model(self, device_map: Any = None) -> None:
         """Read weights and image processor from `name`. ValueError when it is not there."""
-        try:
-            tower = CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
-            processor = clip_image_processor_class().from_pretrained(self.vision_tower_name)
-        except OSError as error:
-            raise ValueError(
-                f"vision tower {self.vision_tower_name!r} cannot be read; give a folder with "
-                f"config.json, weights and preprocessor_config.json, or a hub id ({error})"
-            ) from error
+        tower, self.image_processor = self.read(self.vision_tower_name, device_map)
         self._adopt(tower)
-        self.image_processor = processor
 
     def forward(self, images: Tensor) -> Tensor:
         """images [T, 3, H, W] -> features [T, P, C] in the dtype of the images."""
-        outputs = self.vision_tower(
-            images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
-        )
+        pixels = images.to(dtype=self.dtype)
+        if self.device.type != "meta":  # offloaded weights come to the pixels (accelerate's hooks)
+            pixels = pixels.to(self.device)
+        outputs = self.vision_tower(pixels, output_hidden_states=True)
         features = outputs.hidden_states[self.select_layer]
         if self.select_feature == "patch":
-            features = features[:, 1:]
+            features = features[:, self.class_tokens :]
         return features.to(images.dtype)
 
     @property
@@ -78,7 +106,7 @@ class CLIPVisionTower(nn.Module):
         return next(self.vision_tower.parameters()).device
 
     @property
-    def config(self) -> CLIPVisionConfig:
+    def config(self) -> Any:
         return self.vision_tower.config
 
     @property
@@ -96,7 +124,7 @@ class CLIPVisionTower(nn.Module):
     @property
     def tokens_per_tile(self) -> int:
         """Rows of `forward`'s output a tile: the patches, and the class token if it is kept."""
-        return self.num_patches + (self.select_feature == "cls_patch")
+        return self.num_patches + self.class_tokens * (self.select_feature == "cls_patch")
 
 
 def processor_for(config: CLIPVisionConfig) -> Any:

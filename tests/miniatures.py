@@ -1,0 +1,291 @@
+"""Miniatures of the public checkpoints: real file names, shard index, config keys, weight names.
+
+Each writer returns the model whose weights it wrote, so that a loader can be held against it. The
+names are written out here a second time, by hand and not through `llava.model.key_maps`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import DATA
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+)
+
+from llava.model.builder import FAMILIES
+
+SIDE, PATCH = 56, 14
+TOKENS = (SIDE // PATCH) ** 2
+WIDTH, VOCAB, IMAGE_ID = 32, 512, 480
+TOKENIZER = DATA / "pyramiddrop" / "preprocess" / "tokenizer_nonlegacy"
+PINS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+VISION: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "projection_dim": 16,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# config.json of the published checkpoints beside the decoder's own keys (sizes and paths aside).
+MM_KEYS: dict[str, Any] = {
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "image_grid_pinpoints": None,
+    "mm_hidden_size": 24,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "pretraining_tp": 1,
+    "tokenizer_model_max_length": 512,
+    "tokenizer_padding_side": "right",
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "tune_mm_mlp_adapter": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_cache": True,
+    "use_mm_proj": True,
+}
+NEXT_KEYS: dict[str, Any] = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": PINS,
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_lr": None,
+    "mm_vision_tower_lr": 2e-06,
+    "tokenizer_model_max_length": 512,
+    "unfreeze_mm_vision_tower": True,
+    "use_image_newline_parameter": True,
+}
+# What is special about each original checkpoint: config, how many shards of which kind, and whether
+# the tower's weights are in it.
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "v1.5-7b": {"shards": 2, "suffix": "bin"},
+    "v1.5-13b": {
+        "shards": 3, "suffix": "bin",
+        "config": {"num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 2},
+    },
+    "v1.6-vicuna-7b": {"shards": 3, "suffix": "safetensors", "tower": True, "config": NEXT_KEYS},
+    "v1.6-mistral-7b": {
+        "shards": 4, "suffix": "safetensors", "tower": True,
+        "config": {
+            **NEXT_KEYS, "architectures": ["LlavaMistralForCausalLM"],
+            "model_type": "llava_mistral", "num_key_value_heads": 2, "sliding_window": None,
+            "rope_theta": 1000000.0,
+        },
+    },
+    "v1.6-34b": {
+        "shards": 5, "suffix": "safetensors", "tower": True,
+        "config": {
+            **NEXT_KEYS, "vocab_size": 64000, "num_key_value_heads": 2, "hidden_size": 16,
+            "rope_theta": 5000000.0, "eos_token_id": 7, "num_attention_heads": 4,
+        },
+    },
+    "pyramiddrop": {
+        "shards": 2, "suffix": "safetensors", "tower": True,
+        "config": {
+            "architectures": ["LlavaLlamaForCausalLM_PDrop"], "model_type": "llava_llama",
+            "mm_patch_merge_type": "flat", "mm_projector_lr": None, "torch_dtype": "bfloat16",
+        },
+    },
+}  # fmt: skip
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def write_tower(folder: Path) -> CLIPVisionModel:
+    """A CLIP tower in its own folder, as the hub has it: the names with `vision_model.`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(3)
+    model = CLIPVisionModel(CLIPVisionConfig(**VISION)).eval().half().float()
+    weights = {f"vision_model.{key}": value for key, value in model.state_dict().items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    write_json(folder / "config.json", {"model_type": "clip_vision_model", **VISION})
+    write_processor(folder)
+    return model
+
+
+def write_processor(folder: Path) -> None:
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "crop_size": SIDE,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": list(CLIPImageProcessor().image_mean),
+            "image_std": list(CLIPImageProcessor().image_std),
+            "resample": 3,
+            "size": SIDE,
+        },
+    )
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, Tensor], suffix: str = "safetensors", shards: int = 1
+) -> None:
+    """Weights under the hub's file names, with an index where there are several files."""
+    single = {"bin": "pytorch_model.bin", "safetensors": "model.safetensors"}[suffix]
+    stem = single.split(".")[0]
+    names = sorted(weights)
+    files = [single]
+    if shards > 1:
+        files = [f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}" for i in range(shards)]
+        place = {name: files[i % shards] for i, name in enumerate(names)}
+        size = sum(value.nbytes for value in weights.values())
+        index = {"metadata": {"total_size": size}, "weight_map": place}
+        write_json(folder / f"{single}.index.json", index)
+    for i, file in enumerate(files):
+        part = {name: weights[name].clone().contiguous() for name in names[i :: len(files)]}
+        if suffix == "bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, metadata={"format": "pt"})
+
+
+def old_names(model: Any, tower: bool) -> dict[str, Tensor]:
+    """The weights as LLaVA's own code saves them: `vision_model.` in the tower, and the rotary
+    buffers of old transformers."""
+    out = {}
+    for key, value in model.state_dict().items():
+        if key.startswith("model.vision_tower."):
+            if not tower:
+                continue
+            key = key.replace(".vision_tower.", ".vision_tower.vision_tower.vision_model.", 1)
+            key = key.replace(".vision_model.vision_tower.", ".vision_model.", 1)
+        out[key] = value.half()
+    for layer in range(model.config.num_hidden_layers):
+        out[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    return out
+
+
+def write_original(folder: Path, name: str, **changes: Any) -> Any:
+    """The miniature `name` of ORIGINALS in `folder`, its tower beside it; the model in float16
+    values and float32 arithmetic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = ORIGINALS[name]
+    tower = folder.parent / "clip-vit-large-patch14-336"
+    clip = write_tower(tower)
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_vision_tower": str(tower),
+        **TEXT,
+        **MM_KEYS,
+        **facts.get("config", {}),
+        **changes,
+    }
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6},
+    )
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
+    model = reference_model(config, clip)
+    write_weights(
+        folder, old_names(model, facts.get("tower", False)), facts["suffix"], facts["shards"]
+    )
+    return model
+
+
+def reference_model(config: Mapping[str, Any], clip: CLIPVisionModel | None) -> Any:
+    """A model with random weights whose values are float16's."""
+    family = "llava_mistral" if config["model_type"] == "llava_mistral" else "llava_llama"
+    config_class, model_class = FAMILIES[family]
+    skipped = ("model_type", "architectures", "torch_dtype")
+    raw = {key: value for key, value in config.items() if key not in skipped}
+    vision = {"model_type": "clip_vision_model", **VISION}
+    torch.manual_seed(11)
+    model = model_class(config_class(**{**raw, "mm_vision_config": vision})).eval()
+    if getattr(model.model, "image_newline", None) is not None:
+        torch.nn.init.normal_(model.model.image_newline)
+    if clip is not None:
+        model.get_vision_tower().vision_tower.load_state_dict(clip.state_dict())
+    for parameter in model.parameters():  # not the rotary buffer
+        parameter.data = parameter.data.half().float()
+    return model
+
+
+# ------------------------------------------------------------------------------------ llava-hf
+HF_SPELLINGS = ("hub", "saved by 5.x", "in memory")
+
+
+def spelled(name: str, spelling: str) -> str:
+    """A name of transformers 5's modules in one of the spellings that files have."""
+    if spelling == "in memory":
+        return name
+    for ours, theirs in (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.vision_tower.", "vision_tower." + ("vision_model." if spelling == "hub" else "")),
+        ("model.image_newline", "image_newline"),
+    ):
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    raise KeyError(name)
+
+
+def hf_model(kind: str, decoder: str = "llama") -> Any:
+    """A random model of transformers' own class; kind: `llava` or `llava_next`."""
+    text = LlamaConfig(**TEXT)
+    if decoder == "mistral":
+        text = MistralConfig(**TEXT, sliding_window=None)
+    shared = {
+        "vision_config": CLIPVisionConfig(**VISION),
+        "text_config": text,
+        "image_token_index": IMAGE_ID,
+        "image_seq_length": TOKENS,
+    }
+    torch.manual_seed(13)
+    if kind == "llava":
+        return LlavaForConditionalGeneration(LlavaConfig(**shared)).eval()
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared, image_grid_pinpoints=PINS))
+    torch.nn.init.normal_(model.model.image_newline)
+    return model.eval()
+
+
+def write_hf(folder: Path, model: Any, spelling: str, suffix: str = "safetensors") -> None:
+    """A llava-hf folder of the model in one spelling."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    weights = {spelled(key, spelling): value for key, value in model.state_dict().items()}
+    write_weights(folder, weights, suffix, shards=2)
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
+    write_processor(folder)
