@@ -94,7 +94,7 @@ def evaluate(
         "plan_source": source,
         "blind": blind,
         "set": name,
-        "accuracy": scores.accuracy,
+        "accuracy": scores.value,
         "low": scores.low,
         "high": scores.high,
         "n": scores.n,

@@ -24,6 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import eval_cases
 import preprocess_cases
 import pyramiddrop_cases
 import torch
@@ -110,7 +111,7 @@ def run(folders: list[Path]) -> Iterator[Line]:
                 elif any((folder / file).is_file() for file in PREPROCESS_FILES):
                     yield from run_preprocess(folder, name)
                 elif (folder / "expected.json").is_file():
-                    yield False, f"FAIL  {name}: recorded scorers have no checker in this package"
+                    yield from eval_cases.run_case(folder, name)
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 yield (

@@ -1,33 +1,32 @@
-"""Exact match: an answer is right if it says what the label says, up to case and a final period.
+"""Exact match: GQA, OCR-VQA, and the digits sets.
 
-The rule of GQA's evaluation with white space squeezed, so that a number read digit by digit is one
-answer. A missing answer counts as wrong and is reported; it never leaves the denominator.
+Special here: what is trimmed before two texts are compared differs by set and moves scores by tens
+of points, so each set has its own rule. GQA's script drops periods at the end but no space; the
+digits' rule also squeezes white space, so that a number read digit by digit is one answer.
+
+Rules: LLaVA's convert_gqa_for_eval.py with GQA's eval.py; VLMEvalKit vqa_eval.py (accuracy);
+lmms-eval 0.7 exact_match (case and punctuation ignored).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import string
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from llava.eval.questions import Question
-from llava.eval.scorers.interval import accuracy_interval
+from llava.eval.scorers.base import (
+    Item,
+    Metric,
+    Scorer,
+    accuracy_metrics,
+    by_item,
+    grouped_means,
+    mean_metric,
+)
 
-
-@dataclass(frozen=True)
-class Scores:
-    """accuracy, low and high in per cent (95 % interval, found by `interval`); n questions, of
-    which n_missing had no answer; per_category: category -> {"accuracy", "n"}; per_item: one record
-    a question with its score 0 or 1, in the order of the questions."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
-    n_missing: int
-    interval: str
-    per_category: dict[str, dict[str, float]]
-    per_item: list[dict[str, Any]]
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
@@ -35,62 +34,88 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
-def score_exact(
-    questions: Sequence[Question],
-    labels: Mapping[str, str],
-    answers: Sequence[Mapping[str, Any]],
-) -> Scores:
-    """Score answer records against labels, which map a question's uid to its right answer.
-
-    Raises ValueError if a question has no label, or two answers to one question differ.
-    """
-    if not questions:
-        raise ValueError("there are no questions to score")
-    given = _by_uid(answers)
-    items = []
-    for question in questions:
-        if question.uid not in labels:
-            raise ValueError(f"no label for question {question.question_id!r} ({question.uid})")
-        said, right = given.get(question.uid), labels[question.uid]
-        item = {
-            "uid": question.uid,
-            "question_id": question.question_id,
-            "category": question.category,
-            "prediction": said,
-            "label": right,
-            "score": int(said is not None and normalise(said) == normalise(right)),
-        }
-        items.append(item)
-    scores = [item["score"] for item in items]
-    # A question without a picture is a cluster of its own.
-    clusters = [question.images or question.uid for question in questions]
-    interval = accuracy_interval(scores, clusters)
-    return Scores(
-        accuracy=100 * sum(scores) / len(scores),
-        low=100 * interval.low,
-        high=100 * interval.high,
-        n=len(scores),
-        n_missing=sum(item["prediction"] is None for item in items),
-        interval=interval.method,
-        per_category=_per_category(items),
-        per_item=items,
-    )
+def gqa_prediction(text: str) -> str:
+    """What LLaVA hands to GQA's script: no periods at the end, lower case, spaces untouched."""
+    return text.rstrip(".").lower()
 
 
-def _by_uid(answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for record in answers:
-        uid, text = record["uid"], record["text"]
-        if given.setdefault(uid, text) != text:
-            raise ValueError(f"two different answers to {uid}: {given[uid]!r} and {text!r}")
-    return given
+def without_punctuation(text: str) -> str:
+    """lmms-eval's exact match: stripped by the harness, lower case, no punctuation at all."""
+    return text.strip().lower().translate(_NO_PUNCTUATION)
 
 
-def _per_category(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[int]] = {}
-    for item in items:
-        groups.setdefault(item["category"], []).append(item["score"])
+# ----------------------------------------------------------------------------- digits
+def _digits(question: Question, label: str, text: str, dialect: str) -> Item:
+    said = normalise(text)
+    return {"parsed": said, "label": label, "score": float(said == normalise(label))}
+
+
+# ----------------------------------------------------------------------------- GQA
+def gqa_steps(semantic: Sequence[dict[str, str]]) -> int:
+    """Reasoning steps of a question: operations, those left out that only look the answer up."""
+    skipped = ("exist", "query: name", "choose name")
+    said = (f"{step['operation']}: {step['argument']}" for step in semantic)
+    return sum(not any(mark in step for mark in skipped) for step in said)
+
+
+def _gqa(question: Question, label: dict[str, Any], text: str, dialect: str) -> Item | None:
+    """label: the question's entry in GQA's file; unbalanced questions do not count."""
+    if not label["isBalanced"]:
+        return None
+    if dialect == "lmms":
+        said, right = without_punctuation(text), without_punctuation(label["answer"])
+    else:
+        said, right = gqa_prediction(text), label["answer"]
     return {
-        category: {"accuracy": 100 * sum(scores) / len(scores), "n": len(scores)}
-        for category, scores in groups.items()
+        "parsed": said,
+        "label": label["answer"],
+        "kind": "open" if label["types"]["structural"] == "query" else "binary",
+        "structural": label["types"]["structural"],
+        "semantic": label["types"]["semantic"],
+        "steps": gqa_steps(label["semantic"]),
+        "length": len(label["question"].split()),
+        "group": label["groups"]["global"],
+        "score": float(said == right),
     }
+
+
+def gqa_distribution(items: Sequence[Item]) -> float | None:
+    """Chi-square of what was said against what is right within each global group, averaged by the
+    groups' sizes, / 100; lower is better."""
+    gold: dict[str, Counter[str]] = {}
+    said: dict[str, Counter[str]] = {}
+    for item in items:
+        if item["group"] is not None:
+            gold.setdefault(item["group"], Counter())[item["label"]] += 1
+            said.setdefault(item["group"], Counter())[item["parsed"]] += 1
+    total = sum(answers.total() for answers in gold.values())
+    if not total:
+        return None
+    weighted = sum(
+        answers.total() * sum((said[name][a] - n) ** 2 / n for a, n in answers.items())
+        for name, answers in gold.items()
+    )
+    return weighted / total / 100
+
+
+def _gqa_metrics(items: Sequence[Item], dialect: str) -> dict[str, Metric]:
+    found = {"accuracy": mean_metric(items)}
+    for key in ("kind", "structural", "semantic", "steps", "length"):
+        found |= grouped_means(items, key, key)
+    return found
+
+
+# ----------------------------------------------------------------------------- OCR-VQA
+def _ocrvqa(question: Question, label: str, text: str, dialect: str) -> Item:
+    said = text.strip().lower()
+    return {"parsed": said, "label": label, "score": float(said == label.strip().lower())}
+
+
+DIGITS = Scorer(by_item(_digits), accuracy_metrics)
+GQA = Scorer(
+    by_item(_gqa),
+    _gqa_metrics,
+    lambda items, dialect: {"distribution": gqa_distribution(items)},
+    ("llava", "lmms"),
+)
+OCRVQA = Scorer(by_item(_ocrvqa), accuracy_metrics, dialects=("vlmevalkit",))

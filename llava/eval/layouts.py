@@ -1,0 +1,308 @@
+"""The files of the benchmarks as their makers and LLaVA's docs lay them out: questions and labels.
+
+Special here: a reader of labels gives one label a question, joined the way that set needs (by id,
+by picture and words, by picture alone), and fails by name when a question has none; what a label
+is made of is said at the scorer that reads it. Nothing is downloaded and nothing written: MMBench's
+pictures stay inside its table as `data:` addresses.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.eval.questions import Question, make_uid, read_json_lines, read_questions
+
+Labels = dict[str, Any]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTER_CN = "\n请直接回答选项字母。"
+OCR_LINE = "Reference OCR token:"
+MME_TAIL = "Please answer yes or no."
+
+
+# ----------------------------------------------------------------------------- questions
+def read_question_file(path: str | Path, name: str | None = None, suffix: str = "") -> list:
+    """Questions of a file in LLaVA's JSON lines, ScienceQA's JSON list or MMBench's TSV.
+
+    suffix: what the script adds at run time, for the last two (JSON lines hold it already).
+    Raises FileNotFoundError, or ValueError naming what is wrong with which line.
+    """
+    path = Path(path)
+    if path.suffix == ".tsv":
+        return read_mmbench(path, name or path.stem, suffix)
+    if path.suffix == ".json":
+        return read_scienceqa(path, name or path.stem, suffix)
+    return read_questions(path, name)
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file. Raises FileNotFoundError, or ValueError with its name if it is no JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise ValueError(f"{path}: no JSON ({err})") from err
+
+
+def read_scienceqa(path: Path, name: str, suffix: str = LETTER) -> list[Question]:
+    """One JSON list of LLaVA conversations; the mark of the picture goes to the front."""
+    questions = []
+    for place, record in enumerate(_need(read_json(path), list, path)):
+        try:
+            text = record["conversations"][0]["value"].replace("<image>", "").strip() + suffix
+            own, image = record["id"], record.get("image")
+        except (KeyError, IndexError, TypeError, AttributeError) as err:
+            raise ValueError(f"{path}: entry {place} is no conversation with an id") from err
+        text = f"<image>\n{text}" if image else text
+        uid = make_uid(name, place, own, text)
+        questions.append(Question(uid, own, text, (image,) if image else ()))
+    return questions
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a TSV; every cell is a text, an empty one is "" (and "None" is four letters)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}:{number}: the line has not as many cells as the header")
+    return rows
+
+
+def read_mmbench(path: Path, name: str, suffix: str = LETTER) -> list[Question]:
+    """MMBench's TSV: hint, question and options make the text; the picture is base64."""
+    rows = read_table(path)
+    needed = ("index", "question", "A", "image")
+    lacking = [column for column in needed if rows and column not in rows[0]]
+    if lacking or not rows:
+        raise ValueError(f"{path}: columns {lacking or needed} are missing")
+    pictures = {row["index"]: row["image"] for row in rows}
+    questions = []
+    for place, row in enumerate(rows):
+        options = options_of(row)
+        hint = row.get("hint", "")
+        lines = [*filter(None, [hint]), row["question"]]
+        lines += [f"{letter}. {option}" for letter, option in options.items()]
+        text = "\n".join(lines) + suffix
+        # To save space a row may name the row that holds its picture.
+        image = f"data:image/jpeg;base64,{pictures.get(row['image'], row['image'])}"
+        index = int(row["index"])
+        meta = {
+            "round_id": 0,
+            "options": list(options.values()),
+            "option_char": list(options),
+        }
+        uid = make_uid(name, place, index, text)
+        questions.append(Question(uid, index, text, (image,), row.get("category", "default"), meta))
+    return questions
+
+
+def options_of(row: dict[str, str]) -> dict[str, str]:
+    """letter -> option of a row, those that are not empty."""
+    return {letter: row[letter] for letter in LETTERS if row.get(letter, "") != ""}
+
+
+def _need(value: Any, kind: type, path: Path) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: a JSON {kind.__name__} is needed, got {type(value).__name__}")
+    return value
+
+
+def bare_question(text: str) -> str:
+    """A prompt without the picture's mark, OCR line and the sentence that asks for the form."""
+    lines = [line for line in text.replace("<image>", "").strip().split("\n") if line.strip()]
+    asks = ("Answer the question ", "Answer with the option", "When the provided information")
+    return "\n".join(line for line in lines if not line.startswith((OCR_LINE, *asks)))
+
+
+# ----------------------------------------------------------------------------- labels
+def _by_key(
+    questions: Sequence[Question],
+    table: dict[Any, Any],
+    key: Callable[[Question], Any],
+    source: Path,
+) -> Labels:
+    """uid -> table[key(question)]; ValueError that names the questions without one."""
+    lacking = [question for question in questions if key(question) not in table]
+    if lacking:
+        names = ", ".join(repr(key(question)) for question in lacking[:3])
+        raise ValueError(f"{source} has no label for {len(lacking)} questions, the first: {names}")
+    return {question.uid: table[key(question)] for question in questions}
+
+
+def in_order(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """JSON lines in the order of the questions: `question_id`, `answer` and, to be sure where ids
+    repeat, `text`."""
+    (path,) = paths
+    lines = read_json_lines(path)
+    if len(lines) != len(questions):
+        raise ValueError(f"{path} has {len(lines)} labels for {len(questions)} questions")
+    labels = {}
+    for (number, record), question in zip(lines, questions, strict=True):
+        # Several questions may share an id, so the text is compared where the label has it.
+        found = record.get("question_id"), record.get("text", question.text)
+        if found != (question.question_id, question.text):
+            raise ValueError(
+                f"{path}:{number}: label of {found} where question {question.question_id!r} asks "
+                f"{question.text!r}; labels stand in the order of the questions"
+            )
+        if not isinstance(record.get("answer"), str):
+            raise ValueError(f"{path}:{number}: no text under 'answer': {record}")
+        labels[question.uid] = record["answer"]
+    return labels
+
+
+def inline(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """The other keys of a question's own line, among them `answer`."""
+    for question in questions:
+        if "answer" not in question.meta:
+            raise ValueError(f"question {question.question_id!r} has no 'answer' on its line")
+    return {question.uid: question.meta for question in questions}
+
+
+def vqa_annotations(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """VQAv2's annotation file, by question id."""
+    (path,) = paths
+    table = {
+        str(entry["question_id"]): {
+            "answers": [answer["answer"] for answer in entry["answers"]],
+            "question_type": entry["question_type"],
+            "answer_type": entry["answer_type"],
+        }
+        for entry in _need(read_json(path), dict, path)["annotations"]
+    }
+    return _by_key(questions, table, lambda question: str(question.question_id), path)
+
+
+def gqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """GQA's question file with its answers, by question id."""
+    (path,) = paths
+    table = _need(read_json(path), dict, path)
+    return _by_key(questions, table, lambda question: str(question.question_id), path)
+
+
+def textvqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """TextVQA's annotation file, by picture and words: ids in LLaVA's file are those of pictures.
+
+    The words are looked for in the prompt, so that OCR lines and suffixes do not matter.
+    """
+    (path,) = paths
+    by_picture: dict[str, list[dict[str, Any]]] = {}
+    for entry in _need(read_json(path), dict, path)["data"]:
+        by_picture.setdefault(entry["image_id"], []).append(entry)
+    labels = {}
+    for question in questions:
+        entries = by_picture.get(str(question.question_id), [])
+        found = _entry_asked(question.text, entries)
+        if found is None:
+            raise ValueError(
+                f"{path} has no question {bare_question(question.text)!r} about picture "
+                f"{question.question_id!r}"
+            )
+        labels[question.uid] = {
+            "answers": found["answers"],
+            "annotation_id": found["question_id"],
+            "image_id": found["image_id"],
+        }
+    return labels
+
+
+def _entry_asked(prompt: str, entries: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry whose question is the prompt's: word for word, else the longest it contains."""
+    asked, prompt = bare_question(prompt).lower(), prompt.lower()
+    entries = sorted(entries, key=lambda entry: -len(entry["question"]))
+    for entry in entries:
+        if entry["question"].lower() == asked:
+            return entry
+    return next((e for e in entries if e["question"].lower() in prompt), None)
+
+
+def pope(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """POPE's label files (JSON lines), by category, picture and words; LLaVA changed the ids.
+
+    A question that stands twice takes its labels in turn.
+    """
+    table: dict[tuple[str, str, str], list[str]] = {}
+    for path in paths:
+        category = path.stem.removeprefix("coco_pope_")
+        for _, record in read_json_lines(path):
+            key = category, record["image"], record["text"].strip()
+            table.setdefault(key, []).append(record["label"])
+
+    def key_of(question: Question) -> tuple[str, str, str]:
+        image = question.images[0] if question.images else ""
+        return question.category, image, bare_question(question.text)
+
+    found = _by_key(questions, table, key_of, paths[0].parent)
+    turns: Counter[tuple[str, str, str]] = Counter()
+    labels = {}
+    for question in questions:
+        own, turn = found[question.uid], turns[key_of(question)]
+        labels[question.uid] = own[min(turn, len(own) - 1)]
+        turns[key_of(question)] += 1
+    return labels
+
+
+def mme(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """MME's text files, one a picture with two lines `question<TAB>answer`, in `<category>/` or in
+    `<category>/questions_answers_YN/`."""
+    (root,) = paths
+    cache: dict[tuple[str, str], dict[str, str]] = {}
+
+    def key(question: Question) -> str:
+        return mme_question(bare_question(question.text))
+
+    labels = {}
+    for question in questions:
+        image = Path(question.images[0] if question.images else str(question.question_id))
+        place = question.category, image.stem
+        if place not in cache:
+            cache[place] = _mme_file(root, *place)
+        if key(question) not in cache[place]:
+            raise ValueError(f"{root}: {'/'.join(place)}.txt does not ask {key(question)!r}")
+        labels[question.uid] = cache[place][key(question)]
+    return labels
+
+
+def mme_question(text: str) -> str:
+    """A question without "Please answer yes or no." at its end, before which files differ."""
+    return text.strip().removesuffix(MME_TAIL).strip()
+
+
+def _mme_file(root: Path, category: str, stem: str) -> dict[str, str]:
+    """question -> answer of one picture."""
+    folder = root / category
+    names = [folder / "questions_answers_YN" / f"{stem}.txt", folder / f"{stem}.txt"]
+    path = next((name for name in names if name.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"file not found: {names[1]} (or in {names[0].parent})")
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            asked, _, answer = line.rpartition("\t")
+            found[mme_question(asked)] = answer.strip()
+    return found
+
+
+READERS: dict[str, Callable[[Sequence[Path], Sequence[Question]], Labels]] = {
+    "in_order": in_order,
+    "inline": inline,
+    "vqa_annotations": vqa_annotations,
+    "gqa": gqa,
+    "textvqa": textvqa,
+    "pope": pope,
+    "mme": mme,
+}
+"""What the benchmark table calls a reader of labels."""
