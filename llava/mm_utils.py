@@ -358,15 +358,40 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is {return_tensors!r}; accepted: None, 'pt'")
-    chunks = prompt.split(DEFAULT_IMAGE_TOKEN)
-    if any(chunk.startswith(" ") for chunk in chunks) and _swallows_space(tokenizer):
-        chunks = [" " + chunk if chunk.startswith(" ") else chunk for chunk in chunks]
-    pieces = [list(tokenizer(chunk).input_ids) for chunk in chunks]
+    pieces = [list(tokenizer(text).input_ids) for text, _ in _chunks(prompt, tokenizer)]
     skip = 1 if pieces[0][:1] == [tokenizer.bos_token_id] else 0
     ids = pieces[0]
     for piece in pieces[1:]:
         ids = [*ids, image_token_index, *piece[skip:]]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+
+
+def token_spans(prompt: str, tokenizer: Any) -> list[tuple[int, int, int]]:
+    """(id, start, stop) of the text tokens of `tokenizer_image_token`: prompt[start:stop] became
+    the token. A BOS that was put in front of a piece is left out, as it stands for no text.
+
+    ValueError for a tokenizer that does not know (transformers' slow ones).
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} does not tell which text a token stands for")
+    found = []
+    for text, first in _chunks(prompt, tokenizer):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        for token, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+            if stop > start:
+                found.append((token, max(first + start, 0), first + stop))
+    return found
+
+
+def _chunks(prompt: str, tokenizer: Any) -> list[tuple[str, int]]:
+    """(text to tokenize, place of its first character in the prompt) of each piece."""
+    chunks, place = [], 0
+    for chunk in prompt.split(DEFAULT_IMAGE_TOKEN):
+        chunks.append((chunk, place))
+        place += len(chunk) + len(DEFAULT_IMAGE_TOKEN)
+    if any(chunk.startswith(" ") for chunk, _ in chunks) and _swallows_space(tokenizer):
+        chunks = [(" " + c, at - 1) if c.startswith(" ") else (c, at) for c, at in chunks]
+    return chunks
 
 
 def _swallows_space(tokenizer: Any) -> bool:

@@ -7,6 +7,9 @@ A sample without a picture brings none: what the tower needs in that case is the
     prompt = build_prompt("What is shown?", "vicuna_v1")
     batch = prepare_batch(tokenizer, image_processor, model.config, [prompt], [picture])
     model.generate(inputs=batch.pop("input_ids"), **batch, max_new_tokens=16)
+
+Methods that compare pictures with words (Simignore) need to know which words of the prompt are the
+question and which are its answer options: `side_texts` finds them by their place in the prompt.
 """
 
 from __future__ import annotations
@@ -26,13 +29,24 @@ from llava.conversation import get_conversation
 from llava.mm_utils import (
     check_image_marks,
     process_images,
+    token_spans,
     tokenizer_image_token,
 )
+from llava.side_text import find_options
 
 Pictures = Image.Image | Sequence[Image.Image] | None
 Turn = Mapping[str, str] | Sequence[Any]
+TEXTS = ("question", "options", "option_words")
+"""What `side_texts` finds; a method may also ask for "all", the whole prompt."""
+_STAND_IN = "\ue000"
 _USER = ("user", "human")
 _ASSISTANT = ("assistant", "gpt")
+
+
+class Prompt(str):
+    """A finished prompt that remembers where its last question stands: prompt[start:stop]."""
+
+    question: tuple[int, int] | None = None
 
 
 def build_prompt(
@@ -41,7 +55,7 @@ def build_prompt(
     images: int = 1,
     mm_use_im_start_end: bool = False,
     tokenizer: Any = None,
-) -> str:
+) -> Prompt:
     """The prompt of a question, or of a dialogue that ends with one, open for the answer.
 
     question: the user's text, or turns `{"role": "user", "content": text}` (LLaVA's
@@ -52,7 +66,6 @@ def build_prompt(
     Raises ValueError for an unknown template, roles out of order, or a wrong number of marks.
     """
     conv = get_conversation(conv_mode)
-    conv.messages = []
     conv.tokenizer = tokenizer
     texts = [question] if isinstance(question, str) else _dialogue(question)
     marks = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts)
@@ -63,10 +76,27 @@ def build_prompt(
     if mm_use_im_start_end:
         wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         texts = [text.replace(DEFAULT_IMAGE_TOKEN, wrapped) for text in texts]
+    prompt = Prompt(_written(conv, texts))
+    prompt.question = text_place(prompt, _written(conv, [*texts[:-1], _STAND_IN]))
+    return prompt
+
+
+def _written(conv: Any, texts: Sequence[str]) -> str:
+    """The template's prompt of alternating texts, open for the next answer."""
+    conv.messages = []
     for i, text in enumerate(texts):
         conv.append_message(conv.roles[i % 2], text)
     conv.append_message(conv.roles[1], None)
     return conv.get_prompt()
+
+
+def text_place(prompt: str, with_stand_in: str) -> tuple[int, int] | None:
+    """Where a text stands in a prompt, from the same prompt with U+E000 in its place; None for a
+    template that does not write it."""
+    before, mark, behind = with_stand_in.partition(_STAND_IN)
+    if not mark or not (prompt.startswith(before) and prompt.endswith(behind)):
+        return None
+    return len(before), len(prompt) - len(behind)
 
 
 def _dialogue(turns: Sequence[Turn]) -> list[str]:
@@ -112,8 +142,9 @@ def prepare_batch(
 
     prompts: B finished prompts; images: for each of them a picture, a list of pictures or None.
     Returns `input_ids` [B, L] and `attention_mask` [B, L] (padded on `padding_side`), `images`
-    ([N, 3, H, W], or a list of [T, 3, H, W] for anyres; None if the batch has no picture) and
-    `image_sizes`, the (width, height) of the N pictures before preparation, or None.
+    ([N, 3, H, W], or a list of [T, 3, H, W] for anyres; None if the batch has no picture),
+    `image_sizes`, the (width, height) of the N pictures before preparation, or None, and `texts`,
+    what methods may compare pictures with (`side_texts`; None for a slow tokenizer).
     Raises ValueError if a prompt's marks and pictures differ in number.
     """
     if padding_side not in ("left", "right"):
@@ -135,7 +166,10 @@ def prepare_batch(
         "attention_mask": attention_mask,
         "images": None,
         "image_sizes": None,
+        "texts": None,
     }
+    if getattr(tokenizer, "is_fast", False):
+        batch["texts"] = pad_texts([side_texts(prompt, tokenizer) for prompt in prompts])
     if pictures:
         pixels = process_images(pictures, image_processor, model_config)
         # Anyres pictures go in as a list, so that equal and unequal numbers of tiles look alike.
@@ -157,6 +191,50 @@ def pad_ids(
         input_ids[i, columns] = torch.tensor(row, dtype=torch.long)
         mask[i, columns] = 1
     return input_ids, mask
+
+
+def side_texts(
+    prompt: str, tokenizer: Any, question: tuple[int, int] | None = None
+) -> dict[str, list[int]]:
+    """Ids of the texts that a method may compare a prompt's pictures with, [] for one it lacks.
+
+    question: the user's last turn, instructions included, without marks and template words; its
+    place is `question`, else the prompt's own. options: the block of answer options in it (in the
+    whole prompt where no question is known), heading and letters included. option_words: BOS and
+    the options without their letters, tokenised by themselves (Simignore's 7B form; these ids are
+    not in the prompt). White space counts for nothing.
+    """
+    question = getattr(prompt, "question", None) if question is None else question
+    spans = token_spans(prompt, tokenizer)
+
+    def ids_of(start: int, stop: int) -> list[int]:
+        return [
+            token
+            for token, first, last in spans
+            if prompt[max(first, start) : min(last, stop)].strip()
+            and prompt[first:last] not in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
+        ]
+
+    texts: dict[str, list[int]] = {name: [] for name in TEXTS}
+    start, stop = (0, len(prompt)) if question is None else question
+    if question is not None:
+        texts["question"] = ids_of(start, stop)
+    options = find_options(prompt[start:stop])
+    if options is not None:
+        texts["options"] = ids_of(start + options.start, start + options.stop)
+        texts["option_words"] = list(tokenizer(" ".join(options.words)).input_ids)
+    return texts
+
+
+def pad_texts(samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    """The texts of a batch by name, long [B, T], -1 behind the end of each."""
+    padded = {}
+    for name in samples[0]:
+        rows = [sample[name] for sample in samples]
+        padded[name] = torch.full((len(rows), max(1, *map(len, rows))), -1, dtype=torch.long)
+        for row, ids in zip(padded[name], rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return padded
 
 
 def pad_token_id(tokenizer: Any) -> int:

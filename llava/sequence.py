@@ -58,6 +58,7 @@ class Layout:
     lengths: real tokens of each sample. groups: visual runs in the order of the sequence.
     queries: scoring rows of each sample. kind: where the padding is, or "packed". targets: rows of
     each sample whose next token is supervised, () without labels; no cut removes one.
+    texts: (name, tokens of each sample) of the texts in `TokenSequence.inputs`; 0 = it has none.
     """
 
     lengths: tuple[int, ...]
@@ -65,6 +66,7 @@ class Layout:
     queries: tuple[int, ...]
     kind: Kind = "left"
     targets: tuple[int, ...] = ()
+    texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -167,6 +169,9 @@ class Layout:
             lengths=tuple(x for x in self.lengths for _ in range(n)),
             queries=tuple(x for x in self.queries for _ in range(n)),
             targets=tuple(x for x in self.targets for _ in range(n)),
+            texts=tuple(
+                (name, tuple(x for x in counts for _ in range(n))) for name, counts in self.texts
+            ),
             groups=groups,
         )
 
@@ -189,7 +194,8 @@ class TokenSequence:
         grid      which 2-D field of cells of its sample a visual token lies in
         cell      (group, row, column) of a visual token; group -1 = text or padding
     extra              further token-aligned tensors [R, W, ...]
-    inputs             tensors [B, ...], one row a sample (`seed`)
+    inputs             tensors [B, ...], one row a sample: `seed`; `text:NAME` [B, T], ids of a text
+                       that a method may compare with, -1 = filling
     layout             the host's integers
     """
 

@@ -8,6 +8,7 @@ from the checkpoint's config; a batch travels as one `TokenSequence`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,6 +161,7 @@ class LlavaMetaForCausalLM:
         kind: Kind | None = None,
         splice: Splice | None = None,
         pixel_values: Any = None,
+        texts: Mapping[str, Tensor] | None = None,
     ) -> TokenSequence:
         """Embed a batch with its pictures.
 
@@ -167,15 +169,17 @@ class LlavaMetaForCausalLM:
         on either side; labels [B, L]. images: [n, 3, H, W], [n, tiles, 3, H, W], or a list of
         [3, H, W] or [tiles, 3, H, W]; image_sizes: (width, height) of each, for anyres. kind:
         layout of the result (default: the side of the mask's padding; "packed" for training without
-        padding). Ids, mask and labels are read once on the host, unless `splice`, which
-        `self.splicer` made from the same batch, says all that already. Raises ValueError for
-        pictures that do not match the marks and for a sample that does not fit the context.
+        padding). texts: by name, ids [B, T] (-1: filling) of texts that a method compares with
+        (`llava.prompting.side_texts`). Ids, mask, labels and texts are read once on the host,
+        unless `splice`, which `self.splicer` made from the same batch, says all that already.
+        Raises ValueError for pictures that do not match the marks and for a sample that does not
+        fit the context.
         pixel_values instead of images: what a llava-hf processor returns (`llava.model.hf_inputs`);
         image_sizes are then (height, width) and a picture is as many image ids as it has tokens.
         """
         if pixel_values is None:
             return self._splice_and_embed(
-                input_ids, attention_mask, labels, images, image_sizes, kind, splice
+                input_ids, attention_mask, labels, images, image_sizes, kind, splice, texts=texts
             )[0]
         if images is not None:
             raise ValueError("images and pixel_values exclude each other; give one")
@@ -186,7 +190,7 @@ class LlavaMetaForCausalLM:
             pixel_values, image_sizes, self.config, tower.config.image_size
         )
         return self._splice_and_embed(
-            input_ids, attention_mask, labels, images, sizes, kind, expanded=True
+            input_ids, attention_mask, labels, images, sizes, kind, expanded=True, texts=texts
         )[0]
 
     def _splice_and_embed(
@@ -199,10 +203,11 @@ class LlavaMetaForCausalLM:
         kind: Kind | None,
         plan: Splice | None = None,
         expanded: bool = False,
+        texts: Mapping[str, Tensor] | None = None,
     ) -> tuple[TokenSequence, Splice]:
         if plan is None:
             plan = self._splice(
-                input_ids, attention_mask, labels, images, image_sizes, kind, expanded
+                input_ids, attention_mask, labels, images, image_sizes, kind, expanded, texts
             )
         if expanded:  # the vocabulary need not have the image id
             input_ids = input_ids.masked_fill(input_ids == image_token_id(self.config), 0)
@@ -221,8 +226,9 @@ class LlavaMetaForCausalLM:
         image_sizes: Any,
         kind: Kind | None,
         expanded: bool = False,
+        texts: Mapping[str, Tensor] | None = None,
     ) -> Splice:
-        """The host's part of a batch, from ids, mask and labels read back once. expanded: the ids
+        """The host's part of a batch, from ids, mask, labels, texts read back once. expanded: the ids
         have one image id for each visual token instead of one mark."""
         ids = input_ids.cpu()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
@@ -240,7 +246,12 @@ class LlavaMetaForCausalLM:
             counts = [len(picture) for picture in pictures]
             marked, real = fold_image_ids(marked, real, counts, image_id)
         return splicer(
-            marked, real, None if labels is None else labels.cpu().numpy(), pictures, kind
+            marked,
+            real,
+            None if labels is None else labels.cpu().numpy(),
+            pictures,
+            kind,
+            {name: rows.cpu().numpy() for name, rows in (texts or {}).items()},
         )
 
     @property
@@ -331,6 +342,7 @@ class LlavaMetaForCausalLM:
         return_trace: bool = False,
         record: Record | None = None,
         pixel_values: Any = None,
+        texts: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> LlavaOutput:
         """One pass over a batch, or over further text tokens when `past_key_values` is filled.
@@ -363,6 +375,7 @@ class LlavaMetaForCausalLM:
                     kind="packed" if packed else None,
                     splice=splice,
                     pixel_values=pixel_values,
+                    texts=texts,
                 )
             else:
                 sequence = text_sequence(inputs_embeds, attention_mask, labels)
@@ -427,14 +440,16 @@ class LlavaMetaForCausalLM:
         image_sizes: Any = None,
         reduction: Any = None,
         pixel_values: Any = None,
+        texts: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate for a batch with pictures; returns the new tokens only.
 
-        inputs (or input_ids), attention_mask, images, image_sizes: as `build_sequence`, padded on
-        either side. With pixel_values, from a llava-hf processor, the prompt's ids stand in front
-        of the new tokens, as in transformers. reduction: as in `forward`; it holds for this call
-        alone. Greedy, sampling, beam search, num_return_sequences and streamers work, for batches.
+        inputs (or input_ids), attention_mask, images, image_sizes, texts: as `build_sequence`,
+        padded on either side. With pixel_values, from a llava-hf processor, the prompt's ids stand
+        in front of the new tokens, as in transformers. reduction: as in `forward`; it holds for
+        this call alone. Greedy, sampling, beam search, num_return_sequences and streamers work, for
+        batches.
         Raises ValueError for what cannot be right with layers of different lengths:
         use_cache=False, a static or quantised cache, a cache of the caller, chunked prefill,
         assisted decoding.
@@ -458,6 +473,7 @@ class LlavaMetaForCausalLM:
                 image_sizes,
                 kind="left",
                 pixel_values=pixel_values,
+                texts=texts,
             )
         sequence = sequence.relayout("left")
         if pixel_values is not None or (self.prompt_in_output and images is None):

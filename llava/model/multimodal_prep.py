@@ -13,8 +13,8 @@ Sources: LLaVA-1.5 (arXiv 2310.03744), LLaVA-NeXT's anyres with unpad and newlin
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,12 +140,14 @@ def assign_pictures(marks: Sequence[int], pictures: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class Splice:
     """table [B, W, 9]: source row, then the facts of `TokenSequence`.
-    labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample."""
+    labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample. texts: ids
+    [B, T] of texts that methods may compare with, -1 = filling."""
 
     table: np.ndarray
     labels: np.ndarray
     seeds: tuple[int, ...]
     layout: Layout
+    texts: dict[str, np.ndarray]
 
 
 def tile_counts(images: Any) -> list[int | None]:
@@ -205,9 +207,10 @@ class Splicer:
         labels: np.ndarray | None,
         pictures: Sequence[Picture],
         kind: Kind,
+        texts: Mapping[str, np.ndarray] | None = None,
     ) -> Splice:
         """`splice` with this model's context."""
-        return splice(ids, mask, labels, pictures, kind, self.max_length)
+        return splice(ids, mask, labels, pictures, kind, self.max_length, texts)
 
 
 def splice(
@@ -217,13 +220,15 @@ def splice(
     pictures: Sequence[Picture],
     kind: Kind,
     max_length: int | None,
+    texts: Mapping[str, np.ndarray] | None = None,
 ) -> Splice:
     """Put every picture where its mark stands.
 
     ids [B, L] with IMAGE_TOKEN_INDEX marks; mask bool [B, L] of real ids; labels [B, L] or None.
     Rows that score: with labels every row in front of an answer, else the last one. max_length:
-    tokens a sample may have. Raises ValueError for a wrong number of pictures or a sample that is
-    too long; nothing is ever cut here.
+    tokens a sample may have. texts: further texts of each sample, ids [B, T], -1 = filling; "all",
+    the prompt's own text up to the first answer, is added. Raises ValueError for a wrong number of
+    pictures or texts, or a sample that is too long; nothing is ever cut here.
     """
     batch, length = ids.shape
     marks = [int(((ids[b] == IMAGE_TOKEN_INDEX) & mask[b]).sum()) for b in range(batch)]
@@ -266,7 +271,21 @@ def splice(
                 f"{sum(len(pictures[i]) for i in owners[b])} of them visual); the model's context "
                 f"holds {max_length}"
             )
-    return _pack(samples, groups, tuple(seeds), labels is not None, kind, zero)
+    plan = _pack(samples, groups, tuple(seeds), labels is not None, kind, zero)
+    own = {**(texts or {}), "all": prompt_text(ids, mask, labels)}
+    counts = tuple((name, tuple((rows >= 0).sum(1).tolist())) for name, rows in own.items())
+    for name, rows in own.items():
+        if len(rows) != batch:
+            raise ValueError(f"text {name!r} has {len(rows)} rows for {batch} samples")
+    return replace(plan, texts=own, layout=replace(plan.layout, texts=counts))
+
+
+def prompt_text(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """The ids of each prompt's text up to its first answer, -1 elsewhere [B, L]."""
+    own = mask & (ids != IMAGE_TOKEN_INDEX)
+    if labels is not None:
+        own = own & ~np.logical_or.accumulate((labels != IGNORE_INDEX) & mask, axis=1)
+    return np.where(own, ids, -1)
 
 
 def _pack(
@@ -307,7 +326,7 @@ def _pack(
         row = 0 if kind == "packed" else index
         table[row, start : start + length] = rows[index]
         all_labels[row, start : start + length] = samples[index]["label"]
-    return Splice(table, all_labels, seeds, layout)
+    return Splice(table, all_labels, seeds, layout, {})
 
 
 def embed_splice(
@@ -330,10 +349,13 @@ def embed_splice(
     device = text_BLD.device
     table = torch.from_numpy(plan.table).to(device, non_blocking=True)
     hidden = torch.cat(parts).index_select(0, table[..., 0].flatten())
+    inputs = {"seed": torch.tensor(plan.seeds).to(device, non_blocking=True)}
+    for name, rows in plan.texts.items():
+        inputs[f"text:{name}"] = torch.from_numpy(rows).to(device, non_blocking=True)
     return TokenSequence(
         hidden=hidden.view(*table.shape[:2], size),
         facts=table[..., 1:],
         extra={},
-        inputs={"seed": torch.tensor(plan.seeds).to(device, non_blocking=True)},
+        inputs=inputs,
         layout=plan.layout,
     )

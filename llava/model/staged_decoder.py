@@ -10,7 +10,9 @@ The only way to use a layer's weights outside its forward is ``layer(hidden, via
 goes through the layer's own call, so the hooks of ZeRO-3, FSDP2, `device_map` and checkpointing
 fire.
 
-Nothing is read back from the device: lengths and counts come from `ReductionPlan.schedule`.
+Nothing is read back from the device: lengths and counts come from `ReductionPlan.schedule`. The one
+exception is a method that says it may keep fewer tokens than its budget (`counts_known`): the
+counts of its cut are read, once, and the schedule goes on from them.
 
 Shape suffixes: B samples · R rows · W width · D hidden · S samples that score · Q scoring rows ·
 L keys of a sample · G groups · N visual tokens of the largest group · H query heads · K key heads.
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -36,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from llava.constants import IGNORE_INDEX
 from llava.model.staged_cache import StagedCache
 from llava.model.varlen_attention import VARLEN
-from llava.reduction.base import LayerProgram, Signal, View
+from llava.reduction.base import LayerProgram, SideText, Signal, View, counts_known
 from llava.reduction.plan import Cut, ReductionPlan, StageFacts
 from llava.sequence import (
     BLANK,
@@ -181,17 +184,29 @@ class StagedModelMixin:
                 raise ValueError("a packed batch cannot fill a cache; accepted: padded batches")
             sequence = sequence.relayout("left")
         sequence = replace(sequence)  # the caller's object stays as it is
-        stages = plan.schedule(sequence.layout, len(self.layers))
+        uncut, counts = sequence.layout, dict[int, list[int]]()
+        check_texts(plan, uncut)
+        sequence = with_embeds(sequence, plan)
+        stages = plan.schedule(uncut, len(self.layers))
         facts = upload_facts(stages, sequence.facts.device)
         rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
         measured: dict[Signal, Tensor] = {}
-        for number, stage in enumerate(stages):
-            if stage.cut is not None:
+        for number in range(len(stages)):
+            cut = stages[number].cut
+            if cut is not None:
                 # A cut at layer 0 has no layer in front of it; else the previous stage measured.
+                sequence, choice = self._choose(
+                    sequence, stages[number], facts[number], rotary, measured, record
+                )
+                if not counts_known(cut.reducer):
+                    counts[number] = choice.keep.sum(1).tolist()  # the one documented host read
+                    stages = plan.schedule(uncut, len(self.layers), counts)
+                    facts = upload_facts(stages, sequence.facts.device)
                 sequence = self.pdrop_rank_drop(
-                    sequence, stage, facts[number], rotary, measured, plan, record
+                    sequence, choice, stages[number], facts[number], plan
                 )
                 rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
+            stage = stages[number]
             if stage.start == stage.stop:  # a cut before the LLM: no layer sees the uncut sequence
                 continue
             if cache is not None:
@@ -246,18 +261,19 @@ class StagedModelMixin:
                 measured = self._measure(following, -1, here, rotary, stored)
         return hidden, measured
 
-    def pdrop_rank_drop(
+    def _choose(
         self,
         sequence: TokenSequence,
         stage: StageFacts,
         facts: CutFacts,
         rotary: tuple[Tensor, Tensor],
         measured: dict[Signal, Tensor],
-        plan: ReductionPlan,
         record: Record,
-    ) -> TokenSequence:
-        """One cut: measure, let the method choose, keep. Works on a detached copy of the scores'
-        inputs, so no gradient flows through the ranking."""
+    ) -> tuple[TokenSequence, Choice]:
+        """Measure and let the method choose; the sequence comes back with the groups that competed.
+
+        Works on a detached copy of the scores' inputs, so no gradient flows through the ranking.
+        """
         cut, before = stage.cut, stage.before
         assert cut is not None
         assert before is not None
@@ -265,6 +281,7 @@ class StagedModelMixin:
         if len(stage.regroup) != len(before.groups):
             sequence = sequence.regroup(facts.regroup, before)
         tokens = {**measured, **self._measure(cut, 0, sequence, rotary)}
+        texts = self._texts(cut, sequence, facts.samples)
         order_V = sequence.visual_order()
         table_GN, valid_GN = order_V[facts.slots], facts.slots >= 0
         facts_GNF = sequence.facts.flatten(0, 1)[table_GN]
@@ -286,6 +303,7 @@ class StagedModelMixin:
                 budget=facts.budgets,
                 max_budget=max(stage.budgets, default=0),
                 signals={signal: each.flatten(0, 1)[table_GN] for signal, each in tokens.items()},
+                texts=texts,
             )
             with torch.no_grad():
                 selection = cut.reducer.select(view)
@@ -295,13 +313,40 @@ class StagedModelMixin:
             record.cuts.append(CutTrace(cut.at, before, valid_GN, origin_GN, keep_GN, score))
         if mix is not None:
             sequence = sequence.mixed(table_GN, valid_GN, mix)
+        return sequence, Choice(order_V, keep_GN)
+
+    def pdrop_rank_drop(
+        self,
+        sequence: TokenSequence,
+        choice: Choice,
+        stage: StageFacts,
+        facts: CutFacts,
+        plan: ReductionPlan,
+    ) -> TokenSequence:
+        """One cut: the sequence without the visual tokens that were not chosen."""
+        facts = facts.to(sequence.hidden.device)
         return sequence.keep(
-            order_V,
-            keep_GN.flatten()[facts.inverse],
+            choice.order,
+            choice.keep.flatten()[facts.inverse],
             stage.layout,
             facts.bounds,
             renumber=plan.positions == "renumber",
         )
+
+    @torch.no_grad()
+    def _texts(
+        self, cut: Cut, sequence: TokenSequence, samples_G: Tensor
+    ) -> dict[Signal, SideText]:
+        """The texts a method compares with, each embedded by one call of the embedding module,
+        which every rank makes, whatever its batch holds."""
+        texts: dict[Signal, SideText] = {}
+        for signal in cut.reducer.signals:
+            if signal.kind != "text":
+                continue
+            ids_BT = text_ids(sequence, signal)
+            embeds_BTD = self.embed_tokens(ids_BT.clamp_min(0)).to(sequence.hidden.device)
+            texts[signal] = SideText(embeds_BTD[samples_G], (ids_BT >= 0)[samples_G])
+        return texts
 
     def _measure(
         self,
@@ -316,11 +361,18 @@ class StagedModelMixin:
         sequence: with the hidden state at the input of the measured layer. cache: one in which that
         layer has stored its keys already.
         """
-        wanted = [signal for signal in cut.reducer.signals if signal.offset == offset]
+        wanted = [
+            signal
+            for signal in cut.reducer.signals
+            if signal.offset == offset and signal.kind != "text"
+        ]
         measured: dict[Signal, Tensor] = {}
         for signal in wanted:
             if signal.kind == "hidden":
                 measured[signal] = sequence.hidden.detach()
+            elif signal.kind == "embeds":
+                # At a cut before the first layer the hidden states still are the embeddings.
+                measured[signal] = sequence.extra.get("embeds", sequence.hidden).detach()
             elif signal.kind == "extra":
                 measured[signal] = sequence.extra[signal.name]
             else:
@@ -487,6 +539,58 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 # Tables and masks: where the layouts are told apart
+
+
+@dataclass
+class Choice:
+    """What a method chose. order [V]: `TokenSequence.visual_order`. keep [G, N]."""
+
+    order: Tensor
+    keep: Tensor
+
+
+def with_embeds(sequence: TokenSequence, plan: ReductionPlan) -> TokenSequence:
+    """The rows that enter the first layer travel along where a later cut asks for them."""
+    later = (signal for cut in plan.cuts if cut.at for signal in cut.reducer.signals)
+    if all(signal.kind != "embeds" for signal in later):
+        return sequence
+    return replace(sequence, extra={**sequence.extra, "embeds": sequence.hidden.detach()})
+
+
+def check_texts(plan: ReductionPlan, layout: Layout) -> None:
+    """ValueError for a sample with a picture that lacks a text its plan compares with.
+
+    A training sample without a supervised token is not cut and needs none.
+    """
+    counts = dict(layout.texts)
+    with_pictures = sorted({group.sample for group in layout.groups})
+    for signal in plan.texts if with_pictures else ():
+        known = [name for name in signal.alternatives if name in counts]
+        if not known:
+            raise ValueError(
+                f"the plan compares with the text {signal.name!r}, which did not come with the "
+                f"batch; give texts= as `llava.prompting.prepare_batch` returns them (here: "
+                f"{', '.join(counts)})"
+            )
+        for sample in with_pictures:
+            if layout.queries[sample] and not any(counts[name][sample] for name in known):
+                raise ValueError(
+                    f"sample {sample} of the batch has no text {signal.name!r} for the plan to "
+                    f"compare with; another text may stand in for it: text={signal.name}|all"
+                )
+
+
+def text_ids(sequence: TokenSequence, signal: Signal) -> Tensor:
+    """Ids [B, T] of a text, -1 = filling: of each sample's first alternative that is not empty."""
+    ids = sequence.inputs["seed"].new_full((len(sequence.layout.lengths), 1), -1)
+    for name in reversed(signal.alternatives):
+        first = sequence.inputs.get(f"text:{name}")
+        if first is None:
+            continue
+        width = max(first.shape[1], ids.shape[1])
+        first, ids = (F.pad(rows, (0, width - rows.shape[1]), value=-1) for rows in (first, ids))
+        ids = torch.where((first >= 0).any(1, keepdim=True), first, ids)
+    return ids
 
 
 @dataclass

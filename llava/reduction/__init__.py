@@ -4,7 +4,7 @@ A new method is one file here, one line in `plan.REDUCERS`, a section in docs/Re
 test against recorded numbers.
 """
 
-from llava.reduction.base import LayerProgram, Reducer, Selection, Signal, View
+from llava.reduction.base import LayerProgram, Reducer, Selection, SideText, Signal, View
 from llava.reduction.baselines import Random, Uniform
 from llava.reduction.fastv import FastV
 from llava.reduction.plan import (
@@ -17,6 +17,7 @@ from llava.reduction.plan import (
     resolve_plan,
 )
 from llava.reduction.pyramiddrop import PyramidDrop
+from llava.reduction.simignore import Simignore
 
 __all__ = [
     "CONFIG_KEY",
@@ -29,7 +30,9 @@ __all__ = [
     "Reducer",
     "ReductionPlan",
     "Selection",
+    "SideText",
     "Signal",
+    "Simignore",
     "StageFacts",
     "Uniform",
     "View",

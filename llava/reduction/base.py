@@ -26,19 +26,42 @@ class Signal:
     kind: "attention" = probability mass that the scoring rows put on each visual token, mean over
     the rows [G, N] (with heads=True [G, N, H]); "keys" = key vectors without rotation
     [G, N, kv_heads * head_dim]; "hidden" = hidden states [G, N, D]; "extra" = the token-aligned
-    tensor `name` of the sequence.
+    tensor `name` of the sequence; "embeds" = the rows that entered the language model [G, N, D],
+    at any cut; "text" = input embeddings of the sample's text `name` (`View.texts`).
     offset: 0 = the layer behind the cut, -1 = the layer in front of it.
     rope: rotate queries and keys. norm: apply the layer's input norm first.
     over: the softmax runs over "all" keys of the sample or over its "visual" ones only.
     """
 
-    kind: Literal["attention", "keys", "hidden", "extra"]
+    kind: Literal["attention", "keys", "hidden", "extra", "embeds", "text"]
     offset: Literal[0, -1] = 0
     rope: bool = True
     norm: bool = True
     over: Literal["all", "visual"] = "all"
     heads: bool = False
     name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind in ("extra", "text") and not self.name:
+            raise ValueError(f"a signal of kind {self.kind!r} needs a name")
+        if self.kind in ("extra", "embeds", "text") and self.offset:
+            raise ValueError(f"a signal of kind {self.kind!r} belongs to no layer; offset is 0")
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """Names of a text, "options|question" being the first of them that a sample has."""
+        return tuple(self.name.split("|"))
+
+
+@dataclass
+class SideText:
+    """A text of each group's sample, which need not be part of the prompt.
+
+    embeds [G, T, D]: input embeddings; valid bool [G, T]: real tokens.
+    """
+
+    embeds: Tensor
+    valid: Tensor
 
 
 @dataclass
@@ -57,6 +80,7 @@ class View:
     budget     long [G]        tokens to keep
     max_budget int             largest budget, known on the host
     signals                    the measurements the method asked for
+    texts                      the texts the method asked for
     """
 
     valid: Tensor
@@ -69,11 +93,13 @@ class View:
     budget: Tensor
     max_budget: int
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
+    texts: Mapping[Signal, SideText] = field(default_factory=dict)
 
 
 @dataclass
 class Selection:
-    """The answer: keep bool [G, N] with exactly `budget` tokens a group; mix [G, N, N] replaces the
+    """The answer: keep bool [G, N] with exactly `budget` tokens a group (at most that many where
+    `counts_known` is False); mix [G, N, N] replaces the
     kept rows by ``mix @ old rows`` (merging methods); score [G, N] is what the ranking used."""
 
     keep: Tensor
@@ -88,6 +114,9 @@ class Reducer(Protocol):
     For its text form a method in the table also has `positions`, what it does to rotary positions
     when it is used alone, and the class methods `from_options` and `to_options`
     (`llava.reduction.forms` has both ready for the usual forms).
+
+    A method that may keep fewer tokens than its budget also has ``host_counts = False``
+    (`counts_known`): the loop then reads the counts, once a cut.
     """
 
     @property
@@ -126,6 +155,11 @@ class LayerProgram(Protocol):
     def layer(self, index: int) -> Callable[..., Any] | None:
         """A `via` for layer `index`, or None for its own forward."""
         ...
+
+
+def counts_known(reducer: Reducer) -> bool:
+    """Whether the method keeps exactly its budget, so that nothing has to be read on the host."""
+    return bool(getattr(reducer, "host_counts", True))
 
 
 def check_ratio(ratio: object) -> float:

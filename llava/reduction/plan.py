@@ -20,11 +20,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from llava.reduction.base import LayerProgram, Reducer
+from llava.reduction.base import LayerProgram, Reducer, Signal
 from llava.reduction.baselines import Random, Uniform
 from llava.reduction.fastv import FastV
 from llava.reduction.forms import Parts, build, changed, pairs, spell, split_parts
 from llava.reduction.pyramiddrop import PyramidDrop
+from llava.reduction.simignore import Simignore
 from llava.sequence import PER, Layout
 
 CONFIG_KEY = "visual_token_reduction"
@@ -36,6 +37,7 @@ REDUCERS: dict[str, Any] = {
     "random": Random,
     "uniform": Uniform,
     "fastv": FastV,
+    "simignore": Simignore,
 }
 
 
@@ -281,8 +283,16 @@ class ReductionPlan:
                 f"{num_layers} layers"
             )
 
-    def schedule(self, layout: Layout, num_layers: int) -> tuple[StageFacts, ...]:
+    def schedule(
+        self,
+        layout: Layout,
+        num_layers: int,
+        counts: Mapping[int, Sequence[int]] | None = None,
+    ) -> tuple[StageFacts, ...]:
         """Every stage's layers, lengths and counts, from host integers.
+
+        counts: by number of the stage, what a method that may keep fewer tokens than its budget
+        did keep of each group; without it, its budgets stand.
 
         A group is left alone by a cut that reads the text when its sample has no scoring row (a
         training sample without any supervised token, as the original does).
@@ -298,8 +308,16 @@ class ReductionPlan:
                 if cut.reducer.reads_text and before.queries[group.sample] == 0:
                     budget = group.count
                 budgets.append(min(group.count, max(budget, group.protected)))
+            if counts and len(stages) in counts:
+                budgets = list(counts[len(stages)])
             stages.append(StageFacts(cut.at, stop, before.after(budgets), cut, before, regroup))
         return tuple(stages)
+
+    @property
+    def texts(self) -> tuple[Signal, ...]:
+        """The texts beside the prompt that the methods compare with."""
+        signals = [signal for cut in self.cuts for signal in cut.reducer.signals]
+        return tuple(dict.fromkeys(signal for signal in signals if signal.kind == "text"))
 
     def shared_depth(self, num_layers: int) -> int:
         """Layers that all questions about one picture have in common: up to the first cut that

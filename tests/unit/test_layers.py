@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("llava.conversation", 1),
     ("llava.decoding", 1),
     ("llava.mm_utils", 1),
+    ("llava.side_text", 1),
     ("llava.prompting", 2),
     ("llava.reduction", 2),
     ("llava.model", 3),
