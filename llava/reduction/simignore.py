@@ -1,12 +1,12 @@
-"""Simignore: before the language model, keep the image tokens that resemble a word of the question.
+"""Simignore: before the language model, keep the image tokens that resemble words of the question.
 
 Paper: arXiv 2412.09817 (AAAI 2025). Originals: Simignore's llava_arch.py (similarity) and its copy
 of FastV. The similarity of an image token and a text token is the cosine of the projected image
 feature and the row of the input embedding table, in float32; no layer has run yet. The original
 sorts all pairs and walks down the list, from pair `offset` in steps of `step`, collecting the image
-tokens it meets until `keep` are found. For step 1 and offset 0 these are the tokens with the largest
-maximum over the text. Tokens keep the rotary positions of the uncut sequence. Published is this cut
-followed by FastV; the settings of the two published models are presets:
+tokens it meets until `keep` are found. For step 1 and offset 0 these are the tokens whose largest
+similarity over the text is highest. Tokens keep the rotary positions of the uncut sequence.
+Published is this cut followed by FastV; the settings of the two published models are presets:
 
     llava answer ... --reduction "simignore:preset=7b+fastv:k=5,keep=144"
     llava answer ... --reduction "simignore:preset=13b+fastv:k=4,keep=144"
