@@ -18,6 +18,7 @@ from llava.model import (
     LlavaQwen3Config,
     LlavaQwen3ForCausalLM,
 )
+from llava.prompting import pad_texts
 from llava.reduction import Cut, PyramidDrop, Random, ReductionPlan, Uniform
 
 LAYERS, TILE, VISUAL, VOCAB = 6, 28, 16, 96
@@ -70,6 +71,11 @@ PLANS: dict[str, ReductionPlan] = {
     "pyramiddrop, whole sample": ReductionPlan.pyramid([2, 4], [0.5, 0.2], per="sample"),
     "random then uniform": ReductionPlan((Cut(0, Random(0.6)), Cut(3, Uniform(0.3)))),
     "fastv": ReductionPlan.parse("fastv:k=2,r=0.6"),
+    "simignore": ReductionPlan.parse("simignore:keep=9,text=options|question,offset=1"),
+    "simignore, fastv, pyramiddrop": ReductionPlan.parse(
+        "simignore:ratio=0.7,text=all+fastv:k=2,r=0.5"
+        "+pyramiddrop:layers=[4],ratios=[0.2],per=sample,rope=False,positions=original"
+    ),
     "all dropped": ReductionPlan((Cut(2, PyramidDrop(0.4)), Cut(4, PyramidDrop(0.0)))),
 }
 
@@ -102,7 +108,8 @@ def prompts(seed: int = 0) -> list[tuple[list[int], int]]:
 
 
 def batch(samples: list[tuple[list[int], int]], side: str = "right") -> dict[str, Any]:
-    """ids, attention_mask and images of samples, padded on one side."""
+    """ids, attention_mask, images and texts of samples, padded on one side. The text "options",
+    which half of them have, is not in the prompt."""
     width = max(len(ids) for ids, _ in samples)
     rows, masks = [], []
     for ids, _ in samples:
@@ -114,6 +121,12 @@ def batch(samples: list[tuple[list[int], int]], side: str = "right") -> dict[str
         "input_ids": torch.tensor(rows),
         "attention_mask": torch.tensor(masks),
         "images": pictures(samples),
+        "texts": pad_texts(
+            [
+                {"question": ids[-4:], "options": [1, *ids[-2:], 5] if sum(ids) % 2 else []}
+                for ids, _ in samples
+            ]
+        ),
     }
 
 

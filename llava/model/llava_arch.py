@@ -228,8 +228,8 @@ class LlavaMetaForCausalLM:
         expanded: bool = False,
         texts: Mapping[str, Tensor] | None = None,
     ) -> Splice:
-        """The host's part of a batch, from ids, mask, labels, texts read back once. expanded: the ids
-        have one image id for each visual token instead of one mark."""
+        """The host's part of a batch, from ids, mask, labels and texts read back once. expanded:
+        the ids have one image id for each visual token instead of one mark."""
         ids = input_ids.cpu()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
         mask = mask.bool()

@@ -180,9 +180,7 @@ class Splicer:
     tile_size: int
     max_length: int
 
-    def pictures(
-        self, tiles: Sequence[int | None], sizes: Sequence[Any] | None
-    ) -> list[Picture]:
+    def pictures(self, tiles: Sequence[int | None], sizes: Sequence[Any] | None) -> list[Picture]:
         """tiles: `tile_counts` of the pictures; sizes: (width, height) of each, or None. Raises
         ValueError as `picture_tokens`, and for another number of sizes."""
         sizes = [None] * len(tiles) if sizes is None else list(sizes)

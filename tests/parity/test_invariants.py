@@ -147,9 +147,10 @@ def test_loss_of_a_batch_is_the_mean_of_its_tokens():
 def uncached(model: Any, sample: Any, plan: str, steps: int) -> list[int]:
     """Greedy tokens without a cache: the prompt and what was generated, whole, at every step.
 
-    The rows that rank stay those of the prompt, as they are when a cache is used.
+    The rows and the texts that rank stay those of the prompt, as they are when a cache is used.
     """
     ids, out = list(sample[0]), []
+    prompt = model.build_sequence(**batch([sample]))
     for _ in range(steps):
         grown = batch([(ids + out, sample[1])])
         grown["images"] = batch([sample])["images"]
@@ -157,7 +158,7 @@ def uncached(model: Any, sample: Any, plan: str, steps: int) -> list[int]:
         query = torch.zeros_like(sequence.query)
         query[0, sequence.layout.lengths[0] - 1 - len(out)] = 1
         sequence.facts[..., QUERY] = query
-        sequence.inputs["seed"] = model.build_sequence(**batch([sample])).inputs["seed"]
+        sequence.inputs = prompt.inputs
         with torch.no_grad():
             logits = model(sequence=sequence, reduction=PLANS[plan], use_cache=False).logits
         out.append(int(logits[0, -1].argmax()))
