@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         self.tokenizer, self.model, self.image_processor = tokenizer, model.eval(), image_processor
         self.name = name
-        self.conv_mode, self.conv_source = resolve_conv_mode(conv_mode, model.config, name)
+        self.conv_mode, self.conv_source = resolve_conv_mode(conv_mode, model.config)
         self.plan, self.plan_source = ReductionPlan(), ""
         self.use_plan(reduction)
         log.info("plan: %s (%s)", self.plan, self.plan_source)
