@@ -11,19 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS: dict[str, str] = {
-    "pyramiddrop": "#2457d6",
-    "random": "#d9730d",
-    "uniform": "#0f8a5f",
-    "none": "#1a1d23",
-    "blind": "#8a919e",
-}
-EXTRA_COLOURS = ("#7c3aed", "#be185d", "#0e7490", "#854d0e")
-
-
-def colour(name: str) -> str:
-    """A method's colour; methods without one of their own share a few by their name."""
-    return COLOURS.get(name) or EXTRA_COLOURS[sum(map(ord, name)) % len(EXTRA_COLOURS)]
+from llava.drawing import colour, line, svg, text
 
 
 @dataclass(frozen=True)
@@ -70,30 +58,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(scale * f for f in (1, 2, 2.5, 5, 10) if scale * f >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def text(x: float, y: float, content: str, *, anchor: str = "middle", css: str = "tick") -> str:
-    """One line of text."""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">'
-        f"{escape(content)}</text>"
-    )
-
-
-def line(x1: float, y1: float, x2: float, y2: float, stroke: str, extra: str = "") -> str:
-    """One straight line."""
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" {extra}/>'
-    )
-
-
-def svg(width: int, height: int, parts: Sequence[str], label: str) -> str:
-    """The finished picture; ``label`` is what a screen reader says."""
-    body = "\n".join(parts)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"\n{body}\n</svg>"
-    )
 
 
 def axes(frame: Frame, x_title: str, y_title: str, *, y_ticks: int = 5) -> list[str]:
@@ -199,25 +163,41 @@ def bar_chart(
     return svg(width, 8 + step * len(bars), parts, f"bars in {unit}")
 
 
-def survivors(image: str, grid: tuple[int, int], kept: Sequence[int], cell: int = 20) -> str:
-    """A picture with the cells of dropped tokens faded.
+def step_chart(
+    series: Sequence[tuple[str, str, Sequence[float]]],
+    *,
+    x_title: str,
+    y_title: str,
+    size: tuple[int, int] = (520, 280),
+) -> str:
+    """A staircase a plan over the layers, from ``(label, colour name, value of each layer)``.
 
-    Args:
-        image: a ``data:`` URI.
-        grid: rows and columns of visual tokens.
-        kept: indices of the cells (row by row) that are still there.
-        cell: side of a cell in pixels.
+    Steps that coincide are drawn beside each other, and a label stands where its line ends.
     """
-    rows, columns = grid
-    if any(not 0 <= index < rows * columns for index in kept):
-        raise ValueError(f"cells {list(kept)} do not fit a grid of {rows} x {columns}")
-    here = set(kept)
-    width, height = columns * cell, rows * cell
-    parts = [f'<image href="{image}" width="{width}" height="{height}"/>']
-    for index in range(rows * columns):
-        if index not in here:
-            y, x = divmod(index, columns)
-            parts.append(
-                f'<rect x="{x * cell}" y="{y * cell}" width="{cell}" height="{cell}" class="gone"/>'
-            )
-    return svg(width, height, parts, f"{len(here)} of {rows * columns} visual tokens left")
+    depth = max((len(values) for *_, values in series), default=0)
+    if not depth:
+        raise ValueError("step_chart: no values to draw")
+    highest = max(max(values) for *_, values in series) or 1.0
+    frame = Frame((0, depth), (0, highest * 1.08), *size, right=92)
+    parts = axes(frame, x_title, y_title)
+    taken: list[float] = []
+    for number, (label, name, values) in enumerate(series):
+        shift = 1.6 * (number - (len(series) - 1) / 2)
+        path = " ".join(
+            f"{frame.px(x):.1f},{frame.py(value) + shift:.1f}"
+            for i, value in enumerate(values)
+            for x in (i, i + 1)
+        )
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour(name)}" stroke-width="2" '
+            'stroke-linejoin="round"/>'
+        )
+        y = frame.py(values[-1]) + shift + 4
+        while any(abs(y - other) < 12 for other in taken):
+            y -= 1
+        taken.append(y)
+        parts.append(
+            f'<text x="{size[0] - frame.right + 6}" y="{y:.1f}" font-size="11" '
+            f'fill="{colour(name)}">{escape(label)}</text>'
+        )
+    return svg(*size, parts, f"{y_title} against {x_title}")

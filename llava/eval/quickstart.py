@@ -7,9 +7,7 @@ come from the lengths of real prompts, times from one real batch with all plans 
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from llava.eval.questions import Question
 from llava.eval.run import Result, evaluate
 from llava.eval.speed import Workload, time_plans
 from llava.mm_utils import load_image
+from llava.model.tracing import look
 from llava.prompting import build_prompt, prepare_batch
 from llava.reduction import ReductionPlan, flops
 from llava.reduction.flops import ModelShape
@@ -256,46 +255,6 @@ def times(
 
 
 # ----------------------------------------------------------------------------- survivors
-def surviving_cells(
-    checkpoint: Checkpoint, question: Question, folder: Path, plan: ReductionPlan
-) -> tuple[tuple[int, int], list[dict[str, Any]]]:
-    """Which cells of the picture are left in each stage: the grid, and per stage `start`, `stop`
-    (layers start .. stop-1) and `kept` (cells, counted row by row).
-
-    Raises:
-        ValueError: the question has not exactly one picture.
-    """
-    if len(question.images) != 1:
-        raise ValueError(f"question {question.question_id!r} has {len(question.images)} pictures")
-    batch = checkpoint.batch([question], folder)
-    with torch.inference_mode():
-        whole = checkpoint.model.build_sequence(batch["input_ids"], images=batch["images"])
-        out = checkpoint.model(
-            batch["input_ids"], images=batch["images"], reduction=plan, return_trace=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-    cells = whole.cell[0]
-    visual = cells[:, 0] >= 0
-    height, width = (int(value) + 1 for value in cells[visual][:, 1:].amax(0))
-    index = cells[:, 1] * width + cells[:, 2]
-    kept = [sorted(index[visual].tolist())]
-    for cut in out.trace:
-        left = cut.origin[cut.keep & cut.valid]
-        kept.append(sorted(index[left].tolist()))
-    stages = [
-        {"start": stage.start, "stop": stage.stop, "kept": cells_left}
-        for stage, cells_left in zip(out.stages, kept, strict=True)
-    ]
-    return (height, width), stages
-
-
-def picture_uri(path: Path) -> str:
-    """A picture as a `data:` URI."""
-    buffer = io.BytesIO()
-    load_image(path).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def pick_questions(loaded: LoadedBenchmark, count: int) -> list[Question]:
     """The first picture's questions, up to `count` with different texts."""
     first = loaded.questions[0].images
@@ -315,21 +274,19 @@ def examples(
         chosen = pick_questions(loaded, 3 if number == 0 else 1)
         result = run(checkpoint, replace(loaded, questions=chosen), setting)
         for question, item in zip(chosen, result.scores.per_item, strict=True):
-            path = loaded.image_folder / question.images[0]
-            grid, stages = surviving_cells(checkpoint, question, loaded.image_folder, setting.plan)
+            pictures = [load_image(loaded.image_folder / image) for image in question.images]
+            scene = look(
+                checkpoint.tokenizer, checkpoint.model, checkpoint.image_processor, question.text,
+                pictures, [setting.plan], max_new_tokens=loaded.benchmark.max_new_tokens,
+            )  # fmt: skip
             found.append(
                 {
                     "checkpoint": checkpoint.name,
-                    "plan": str(setting.plan),
                     "plan_label": setting.label,
                     "set": loaded.benchmark.name,
-                    "question": question.text,
-                    "answer": item["prediction"] or "",
                     "label": item["label"],
                     "correct": bool(item["score"]),
-                    "image": picture_uri(path),
-                    "grid": list(grid),
-                    "stages": stages,
+                    **scene,
                 }
             )
     return found

@@ -15,7 +15,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llava.drawing import colour
 from llava.eval import charts
+from llava.eval.pages import document, dot, facts_list, method_of, section, table, two, unique
+from llava.eval.show import defs, stage_figures
 from llava.utils import atomic_write, user_errors
 
 Row = Mapping[str, Any]
@@ -27,16 +30,6 @@ ROW_KEYS = (
 
 
 # ----------------------------------------------------------------------------- numbers
-def method_of(plan: str) -> str:
-    """``pyramiddrop:layers=...`` is ``pyramiddrop``; ``none`` and ``blind`` are themselves."""
-    return plan.split(":", 1)[0]
-
-
-def unique(values: Sequence[str]) -> list[str]:
-    """Without repetition, in the order of first appearance."""
-    return list(dict.fromkeys(values))
-
-
 def mean_row(rows: Sequence[Row]) -> dict[str, Any]:
     """The rows of one plan over several sets as one row, set ``mean``.
 
@@ -153,65 +146,6 @@ def align(table: Sequence[Sequence[str]]) -> str:
 
 
 # ----------------------------------------------------------------------------- page
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f6f8; color: #1a1d23;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.01em; }
-h2 { font-size: 20px; margin: 0 0 4px; }
-h3 { font-size: 15px; margin: 14px 0 6px; }
-p { margin: 0 0 12px; max-width: 76ch; }
-.lead { font-size: 17px; color: #3d4451; }
-.note { color: #5c6472; font-size: 14px; }
-section { background: #fff; border: 1px solid #e1e4ea; border-radius: 10px; padding: 24px;
-  margin-top: 20px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
-  margin-top: 22px; }
-.card { background: #fff; border: 1px solid #e1e4ea; border-radius: 10px; padding: 16px 18px; }
-.card b { display: block; font-size: 26px; line-height: 1.2; letter-spacing: -.01em;
-  font-variant-numeric: tabular-nums; }
-.card span { font-size: 13.5px; color: #5c6472; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 24px; }
-.five { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; }
-svg { display: block; width: 100%; height: auto; font-family: inherit; }
-svg .tick { font-size: 11px; fill: #5c6472; }
-svg .axis { font-size: 12px; fill: #3d4451; }
-svg .figure { font-size: 11.5px; fill: #1a1d23; font-variant-numeric: tabular-nums; }
-svg .gone { fill: #fff; fill-opacity: .88; shape-rendering: crispEdges; }
-.legend { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 6px 0 12px; font-size: 14px; }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%;
-  margin-right: 6px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 7px; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 1.5px solid #98a0ad; font-weight: 600; }
-tbody tr + tr td { border-top: 1px solid #eceef2; }
-tbody tr.none td { background: #f5f6f8; font-weight: 600; }
-td i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; }
-td small { color: #7a8290; }
-.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr));
-  gap: 8px 36px; }
-.example { border-top: 1px solid #eceef2; padding: 10px 0 6px; }
-.stages { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
-.stages figure { margin: 0; }
-.stages svg { border: 1px solid #d5d9e0; border-radius: 4px; }
-figcaption { font-size: 12.5px; color: #5c6472; margin-top: 4px; }
-code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; background: #eef0f4;
-  padding: 1px 5px; border-radius: 4px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 14px;
-  margin: 0; }
-dt { color: #5c6472; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 480px) { main { padding: 24px 12px; } section { padding: 16px; }
-  .two, .examples { grid-template-columns: 1fr; } .stages { grid-template-columns: 1fr 1fr; } }
-@media print { body { background: #fff; } section, .card { break-inside: avoid; } }
-"""
-
-
 def page(summary: Mapping[str, Any]) -> str:
     """The whole page as text.
 
@@ -241,26 +175,15 @@ def page(summary: Mapping[str, Any]) -> str:
         times_section(summary, checkpoints),
         bench_section(summary.get("bench")),
         examples_section(summary.get("examples", ())),
-        environment_section(summary),
+        section(
+            "How this was made",
+            "",
+            "<p><code>bash scripts/quickstart.sh</code> makes this page; <code>FULL=1</code> takes "
+            "all questions. The figures are in <code>summary.json</code> beside it.</p>"
+            + facts_list({**summary.get("run", {}), **summary.get("environment", {})}),
+        ),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<title>Fewer visual tokens: quickstart</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def section(title: str, text: str, content: str) -> str:
-    """One white box of the page."""
-    note = f"<p>{escape(text)}</p>" if text else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{note}\n{content}\n</section>"
-
-
-def two(charts_: Sequence[str]) -> str:
-    """Charts side by side."""
-    return '<div class="two">' + "".join(f"<div>{chart}</div>" for chart in charts_) + "</div>"
+    return document("Fewer visual tokens: quickstart", parts)
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
@@ -329,8 +252,7 @@ def legend(rows: Sequence[Row]) -> str:
     names = unique([method_of(row["plan"]) for row in rows])
     words = {"none": "no dropping", "pyramiddrop": "PyramidDrop"}
     items = (
-        f'<span><i style="background:{charts.colour(name)}"></i>{escape(words.get(name, name))}'
-        "</span>"
+        f'<span><i style="background:{colour(name)}"></i>{escape(words.get(name, name))}</span>'
         for name in names
     )
     return f'<div class="legend">{"".join(items)}</div>'
@@ -390,10 +312,9 @@ def full_table(rows: Sequence[Row], checkpoint: str) -> str:
     for plan, group in groups.items():
         found = {row["set"]: row for row in group}
         mean, name = mean_row(group), method_of(plan)
-        dot = f'<i style="background:{charts.colour(name)}"></i>'
         kept = mean.get("kept_tokens")
         cells = [
-            dot + escape(plan_label(mean)),
+            dot(plan) + escape(plan_label(mean)),
             *[with_interval(found[s]) if s in found else "–" for s in sets],
             with_interval(mean),
             figure(scaled(mean["visual_tmacs"], 1e6), 1),
@@ -409,15 +330,6 @@ def with_interval(row: Row) -> str:
     """``97.5 ±1.2`` as a table cell."""
     half = (row["high"] - row["low"]) / 2
     return f"{row['accuracy']:.1f} <small>±{half:.1f}</small>"
-
-
-def table(head: Sequence[str], body: Sequence[str]) -> str:
-    """A table that scrolls sideways on narrow screens."""
-    cells = "".join(f"<th>{escape(title)}</th>" for title in head)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
 
 
 def times_section(summary: Mapping[str, Any], checkpoints: Sequence[str]) -> str:
@@ -483,42 +395,22 @@ def examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
     if not examples:
         return ""
     found = []
-    for example in examples:
-        stages = []
-        for stage in example["stages"]:
-            picture = charts.survivors(example["image"], tuple(example["grid"]), stage["kept"])
-            first, last = stage["start"] + 1, stage["stop"]
-            span = f"layer {first}" if first == last else f"layers {first}–{last}"
-            caption = f"{span}: {len(stage['kept'])} tokens"
-            stages.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-        said, right = example["answer"], example["label"]
+    for number, example in enumerate(examples):
+        prefix, run = f"example{number}-", example["runs"][0]
+        said, right = run["answer"], example["label"]
         verdict = "right" if example["correct"] else f"wrong, it is “{right}”"
+        figures = stage_figures(example, run, prefix=prefix, scores=False)
         found.append(
             f'<div class="example"><h3>“{escape(example["question"])}”</h3>'
             f'<p class="note">answer “{escape(said)}” ({escape(verdict)}) · '
             f"{escape(example['checkpoint'])}, {escape(example['plan_label'])}</p>"
-            f'<div class="stages">{"".join(stages)}</div></div>'
+            f'{defs(example, prefix)}<div class="stages">{figures}</div></div>'
         )
     return section(
         "Which tokens survive",
-        "Visual tokens that have been dropped are faded. What stays depends on the question.",
+        "Visual tokens that have been dropped are faded. What stays depends on the question. "
+        "`llava show` draws this, with the scores, for any picture, question and plans.",
         f'<div class="examples">{"".join(found)}</div>',
-    )
-
-
-def environment_section(summary: Mapping[str, Any]) -> str:
-    """Where and how the figures were made."""
-    facts = {**summary.get("run", {}), **summary.get("environment", {})}
-    rows = "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>"
-        for key, value in facts.items()
-        if value is not None
-    )
-    return section(
-        "How this was made",
-        "",
-        "<p><code>bash scripts/quickstart.sh</code> makes this page; <code>FULL=1</code> takes all "
-        f"questions. The figures are in <code>summary.json</code> beside it.</p><dl>{rows}</dl>",
     )
 
 

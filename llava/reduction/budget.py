@@ -353,8 +353,7 @@ def report(
 
 def tera(value: float) -> str:
     """A number of 10^12 with a unit that suits its size: ``4.31 T``, ``227 M``."""
-    steps = (("T", 1.0), ("G", 1e3), ("M", 1e6))
-    unit, factor = next((step for step in steps if value * step[1] >= 0.1), steps[-1])
+    unit, factor = ("T", 1.0) if value >= 0.1 else ("G", 1e3) if value >= 1e-3 else ("M", 1e6)
     return f"{value * factor:.4g} {unit}"
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, int], ...] = (
     ("llava.constants", 0),
     ("llava.utils", 0),
+    ("llava.drawing", 0),
     ("llava.sequence", 1),
     ("llava.conversation", 1),
     ("llava.decoding", 1),
