@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PATCHES = 16
 
 
-def save_tiny_checkpoint(folder: Path, *, layers: int = 4, reduction: dict | None = None) -> Path:
-    """Write model, digits tokenizer and image processor to `folder`: 4x4 tokens a picture."""
+def save_tiny_checkpoint(
+    folder: Path, *, layers: int = 4, reduction: dict | None = None, **changes: Any
+) -> Path:
+    """Write model, digits tokenizer and image processor to `folder`: 4x4 tokens a picture.
+
+    changes: entries of config.json with another value.
+    """
     from llava.digits.tokenizer import build_tokenizer
     from llava.model import LlavaConfig, LlavaLlamaForCausalLM
     from llava.model.multimodal_encoder.clip_encoder import processor_for
@@ -51,6 +57,8 @@ def save_tiny_checkpoint(folder: Path, *, layers: int = 4, reduction: dict | Non
     )
     if reduction is not None:
         config.visual_token_reduction = reduction
+    for key, value in changes.items():
+        setattr(config, key, value)
     torch.manual_seed(0)
     model = LlavaLlamaForCausalLM(config)
     model.save_pretrained(folder)

@@ -46,15 +46,17 @@ def summary() -> dict[str, Any]:
         "none_ms": 900.0, "plan_ms": 470.0, "speedup": 1.915, "speedup_spread": [1.9, 1.93],
         "ideal": 1.99, "share_of_ideal": 0.962, "selection_share": 0.03,
     }  # fmt: skip
+    kept = [list(range(64)), list(range(0, 64, 2)), [9, 10, 17, 18]]
     stages = [
-        {"start": 0, "stop": 2, "kept": list(range(64))},
-        {"start": 2, "stop": 4, "kept": list(range(0, 64, 2))},
-        {"start": 4, "stop": 6, "kept": [9, 10, 17, 18]},
+        {"start": start, "stop": start + 2, "kept": [numbers], "length": 20 + len(numbers)}
+        for start, numbers in zip((0, 2, 4), kept, strict=True)
     ]
+    cuts = [{"at": at, "method": "pyramiddrop", "scores": [[]]} for at in (2, 4)]
     example = {
-        "question": "Is <b> above 3 & 4?", "answer": "yes", "label": "no", "correct": False,
-        "checkpoint": "llava-digits", "plan_label": "pyramiddrop λ 0.5", "image": PIXEL,
-        "grid": [8, 8], "stages": stages,
+        "question": "Is <b> above 3 & 4?", "label": "no", "correct": False,
+        "checkpoint": "llava-digits", "plan_label": "pyramiddrop λ 0.5",
+        "fields": [{"picture": 0, "image": PIXEL, "rows": 8, "columns": 8, "newlines": 0}],
+        "runs": [{"plan": "pyramiddrop:...", "answer": "yes", "stages": stages, "cuts": cuts}],
     }  # fmt: skip
     return {
         "rows": rows,
@@ -67,7 +69,7 @@ def summary() -> dict[str, Any]:
 
 
 class _Tags(HTMLParser):
-    VOID = frozenset(("meta", "image", "line", "rect", "circle", "polyline", "br"))
+    VOID = frozenset(("meta", "image", "use", "line", "rect", "circle", "polyline", "br"))
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,16 +92,24 @@ class _Tags(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_page_is_whole_and_loads_nothing() -> None:
-    text = report.page(summary())
+def check_page(text: str) -> list[str]:
+    """Every tag is closed, nothing is loaded from elsewhere, and links within the page have an end;
+    the tags in their order."""
     tags = _Tags()
     tags.feed(text)
     assert tags.open == []
     assert "script" not in tags.seen
     assert tags.links
-    assert all(link.startswith("data:") for link in tags.links)
+    inner = {link for link in tags.links if link.startswith("#")}
+    assert all(link.startswith("data:") for link in tags.links if link not in inner)
+    assert all(f'id="{link[1:]}"' in text for link in inner)
     assert not re.search(r"url\(|@import|https?://", text)
-    assert tags.seen.count("svg") == 2 + 10 + 4 + 3
+    return tags.seen
+
+
+def test_page_is_whole_and_loads_nothing() -> None:
+    tags = check_page(report.page(summary()))
+    assert tags.count("svg") == 2 + 10 + 4 + 1 + 3
 
 
 def test_page_shows_the_figures_and_escapes_questions() -> None:
@@ -171,14 +181,15 @@ def test_chart_places_points_where_the_axes_say() -> None:
     assert (frame.py(0), frame.py(100)) == (90, 10)
 
 
-def test_survivors_fades_what_is_gone() -> None:
-    text = charts.survivors(PIXEL, (2, 3), [0, 4], cell=20)
-    assert 'viewBox="0 0 60 40"' in text
-    assert text.count('class="gone"') == 4
-    assert 'x="20" y="0"' in text
-    assert 'x="0" y="0"' not in text
-    with pytest.raises(ValueError, match="2 x 3"):
-        charts.survivors(PIXEL, (2, 3), [6])
+def test_steps_are_drawn_at_their_layers() -> None:
+    text = charts.step_chart(
+        [("a", "uniform", [4.0, 4.0, 1.0])], x_title="layer", y_title="tokens", size=(500, 280)
+    )
+    frame = charts.Frame((0, 3), (0, 4 * 1.08), 500, 280, right=92)
+    points = [(0, 4), (1, 4), (1, 4), (2, 4), (2, 1), (3, 1)]
+    assert " ".join(f"{frame.px(x):.1f},{frame.py(y):.1f}" for x, y in points) in text
+    with pytest.raises(ValueError, match="no values"):
+        charts.step_chart([], x_title="x", y_title="y")
 
 
 def test_empty_charts_are_refused() -> None:
