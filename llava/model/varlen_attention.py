@@ -50,7 +50,7 @@ def varlen_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert attention_mask is None
-    kernel = gpu_kernel() if query.is_cuda and query.element_size() == 2 and not dropout else None
+    kernel = kernel_for(query, dropout)
     if kernel is None:
         return _by_sample(
             module, (query, key, value), cu_seq_lens_q, dropout, scaling, sliding_window
@@ -85,6 +85,13 @@ def _by_sample(
             )[0]
         )
     return torch.cat(parts, 1), None
+
+
+def kernel_for(query: Tensor, dropout: float) -> Any:
+    """The kernel that can take these states; None: one SDPA call a sample."""
+    if query.is_cuda and query.element_size() == 2 and not dropout:
+        return gpu_kernel()
+    return None
 
 
 @lru_cache(maxsize=1)
