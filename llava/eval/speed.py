@@ -5,7 +5,7 @@ the prefill counts the decoder layers (2 FLOPs a multiply-accumulate, text inclu
 of the attention), the final norm and ``lm_head`` on the rows computed; choosing tokens is no part
 of it. On a GPU each stage's ideal is max(FLOPs / peak, bytes / bandwidth). A decode step reads all
 weights and the cache, so its ideal is that of bytes. Both sides run the same code with the same
-attention backend, in turn (`llava.eval.timing`).
+attention backend, in turn (`llava.timing`).
 
     llava bench --preset cpu-512 --threads 1 --json bench.json        # 1 to 2 minutes on one core
 """
@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.eval.timing import (
+from llava.model.staged_decoder import Record, upload_facts
+from llava.reduction import ReductionPlan, StageFacts, flops
+from llava.reduction.flags import add_reduction_flags, plan_from_args
+from llava.reduction.flops import ModelShape, Preset
+from llava.sequence import Layout, TokenSequence
+from llava.timing import (
     Clock,
     Region,
     Series,
@@ -31,11 +36,6 @@ from llava.eval.timing import (
     count_kernels,
     interleave,
 )
-from llava.model.staged_decoder import Record, upload_facts
-from llava.reduction import ReductionPlan, StageFacts, flops
-from llava.reduction.flags import add_reduction_flags, plan_from_args
-from llava.reduction.flops import ModelShape, Preset
-from llava.sequence import Layout, TokenSequence
 from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
 
 log = get_logger(__name__)

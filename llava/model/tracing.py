@@ -64,7 +64,7 @@ def look(
     for plan in parsed:
         plan.validate(model.config.num_hidden_layers)
     config = model.config
-    conv_mode, _ = resolve_conv_mode(conv_mode, config, getattr(config, "_name_or_path", ""))
+    conv_mode, _ = resolve_conv_mode(conv_mode, config)
     start_end = getattr(config, "mm_use_im_start_end", False)
     prompt = build_prompt(question, conv_mode, len(pictures), start_end, tokenizer)
     batch = prepare_batch(tokenizer, image_processor, config, [prompt], [list(pictures)])

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.eval import speed, timing
-from llava.eval.timing import Clock, Kernels, Region, Sample, Series
+from llava import timing
+from llava.eval import speed
 from llava.reduction import ReductionPlan, flops
+from llava.timing import Clock, Kernels, Region, Sample, Series
 
 
 class FakeClock(Clock):
