@@ -267,9 +267,10 @@ def selection_region(work: Workload, plan: ReductionPlan) -> Region:
             measured = {}
             if any(signal.offset == -1 for signal in stage.cut.reducer.signals):
                 measured = decoder._measure(stage.cut, -1, sequence, rotary, cache)
-            sequence = decoder.pdrop_rank_drop(
-                sequence, stage, facts[number], rotary, measured, plan, Record()
+            sequence, choice = decoder._choose(
+                sequence, stage, facts[number], rotary, measured, Record()
             )
+            sequence = decoder.pdrop_rank_drop(sequence, choice, stage, facts[number], plan)
             rotary = decoder.rotary_emb(sequence.hidden, position_ids=sequence.position)
 
     return Region(run, lambda: base.to(work.device))
