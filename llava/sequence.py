@@ -155,25 +155,40 @@ class Layout:
             starts = [0] * len(self.lengths)
         return tuple(zip(starts, self.lengths, strict=True))
 
-    def repeat(self, n: int) -> Layout:
-        """Each sample n times in a row (beam search)."""
-        groups = tuple(
-            replace(group, sample=sample * n + copy)
-            for sample in range(len(self.lengths))
-            for copy in range(n)
-            for group in self.groups
-            if group.sample == sample
-        )
+    def take(self, samples: Sequence[int]) -> Layout:
+        """The named samples, in that order; one may be named several times."""
+        groups: list[list[Group]] = [[] for _ in self.lengths]
+        for group in self.groups:
+            groups[group.sample].append(group)
         return replace(
             self,
-            lengths=tuple(x for x in self.lengths for _ in range(n)),
-            queries=tuple(x for x in self.queries for _ in range(n)),
-            targets=tuple(x for x in self.targets for _ in range(n)),
+            lengths=tuple(self.lengths[old] for old in samples),
+            queries=tuple(self.queries[old] for old in samples),
+            targets=tuple(self.targets[old] for old in samples) if self.targets else (),
             texts=tuple(
-                (name, tuple(x for x in counts for _ in range(n))) for name, counts in self.texts
+                (name, tuple(counts[old] for old in samples)) for name, counts in self.texts
             ),
-            groups=groups,
+            groups=tuple(
+                replace(group, sample=new)
+                for new, old in enumerate(samples)
+                for group in groups[old]
+            ),
         )
+
+    def append(self, text: Layout) -> tuple[Layout, np.ndarray]:
+        """Each sample with a text behind it, left-padded, and where each column comes from.
+
+        The second value [B, W] counts the columns of ``[self | text]``, where this layout is padded
+        on the left and `text` on the right, so that what belongs together is adjacent; 0 at
+        padding. The scoring rows are those of the text.
+        """
+        assert self.kind == "left"
+        assert text.kind == "right" or not text.is_padded
+        lengths = tuple(a + b for a, b in zip(self.lengths, text.lengths, strict=True))
+        layout = replace(self, lengths=lengths, queries=text.queries)
+        place = np.arange(layout.width) - (layout.width - np.array(lengths)[:, None])
+        column = place + (self.width - np.array(self.lengths)[:, None])
+        return layout, np.where(place < 0, 0, column)
 
 
 # Columns of `TokenSequence.facts`, and the values they have at padding.
@@ -244,27 +259,59 @@ class TokenSequence:
 
     def repeat_interleave(self, n: int) -> TokenSequence:
         """Each sample n times (beam search, num_return_sequences). Padded layouts only."""
-        if self.layout.kind == "packed":
+        return self.take([sample for sample in range(len(self.layout.lengths)) for _ in range(n)])
+
+    def take(self, samples: Sequence[int]) -> TokenSequence:
+        """The named samples, in that order; one may be named several times. Padded layouts only."""
+        layout = self.layout
+        if layout.kind == "packed":
             raise ValueError("a packed sequence cannot be repeated for beams; accepted: padded")
-
-        def repeat(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(n, 0)
-
-        out = self._map(repeat, repeat)
-        out.layout = self.layout.repeat(n)
-        # A repeated sample has groups of its own: renumber them in the new order.
-        per_sample = [0] * len(self.layout.lengths)
-        for group in self.layout.groups:
+        # Each copy of a sample has groups of its own: number them in the new order.
+        per_sample = [0] * len(layout.lengths)
+        for group in layout.groups:
             per_sample[group.sample] += 1
-        shift, old_start, new_start = [], 0, 0
-        for count in per_sample:
-            for _ in range(n):
-                shift.append(new_start - old_start)
-                new_start += count
-            old_start += count
-        offset = torch.tensor(shift).to(out.facts.device, non_blocking=True)
+        old_start = [0, *accumulate(per_sample)]
+        new_start = [0, *accumulate(per_sample[sample] for sample in samples)]
+        shift = [new - old_start[sample] for new, sample in zip(new_start, samples, strict=False)]
+        table = torch.tensor([list(samples), shift]).to(self.facts.device, non_blocking=True)
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, table[0].to(tensor.device))
+
+        out = self._map(rows, rows)
+        out.layout = layout.take(samples)
         group_RW = out.facts[..., GROUP]
-        out.facts[..., GROUP] = torch.where(group_RW >= 0, group_RW + offset[:, None], group_RW)
+        out.facts[..., GROUP] = torch.where(group_RW >= 0, group_RW + table[1][:, None], group_RW)
+        return out
+
+    def append(
+        self, text: TokenSequence, layout: Layout, column_BW: Tensor, bounds_B2: Tensor
+    ) -> TokenSequence:
+        """Each sample with a text behind it; `layout` and `column_BW` from `Layout.append`.
+
+        Positions and origins of the text are taken as they are. Extra tensors of the text are 0.
+        What belongs to a sample comes from the text, but the seed, which belongs to the pictures.
+        """
+        width, more = self.layout.width, text.layout.width
+
+        def join(own: Tensor, behind: Tensor | None) -> Tensor:
+            if behind is None:
+                behind = own.new_zeros(own.shape[0], more, *own.shape[2:])
+            index = column_BW.view(*column_BW.shape, *[1] * (own.dim() - 2))
+            index = index.expand(*column_BW.shape, *own.shape[2:])
+            return torch.cat([own, behind], 1).gather(1, index)
+
+        assert column_BW.shape == (len(layout.lengths), layout.width)
+        assert width + more >= layout.width
+        out = TokenSequence(
+            hidden=join(self.hidden, text.hidden),
+            facts=join(self.facts, text.facts),
+            extra={name: join(value, text.extra.get(name)) for name, value in self.extra.items()},
+            inputs={**self.inputs, **text.inputs, "seed": self.inputs["seed"]},
+            layout=layout,
+        )
+        if layout.is_padded:
+            out._blank_padding(bounds_B2)
         return out
 
     def _map(

@@ -8,7 +8,7 @@ from the checkpoint's config; a batch travels as one `TokenSequence`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +22,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.constants import IGNORE_INDEX
 from llava.model.hf_inputs import fold_image_ids, image_token_id, unpack_pixels
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_prep import Splice, Splicer, embed_splice, tile_counts
+from llava.model.multimodal_prep import (
+    Splice,
+    Splicer,
+    embed_splice,
+    sample_seeds,
+    tile_counts,
+)
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.shared_prefix import Prefix, encode_prefix
 from llava.model.staged_cache import StagedCache
 from llava.model.staged_decoder import CutTrace, Record, padding_side, text_sequence
 from llava.reduction.plan import StageFacts, resolve_plan
@@ -215,7 +222,37 @@ class LlavaMetaForCausalLM:
         tiles = self._tiles(images, input_ids.device)
         patches = None if tiles is None else self.encode_images(tiles)
         newline = getattr(self.get_model(), "image_newline", None)
-        return embed_splice(plan, text, patches, newline), plan
+        sequence = embed_splice(plan, text, patches, newline)
+        sequence.inputs["seed"] = sample_seeds(plan, tiles, input_ids.device)
+        return sequence, plan
+
+    def build_suffixes(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> TokenSequence:
+        """Embed the texts of questions that continue a prefix: ids [B, L] without pictures, padded
+        on the right as `attention_mask` [B, L] says. The mask is read once on the host."""
+        return text_sequence(self.get_model().embed_tokens(input_ids), attention_mask)
+
+    @torch.no_grad()
+    def encode_prefix(
+        self,
+        sequence: TokenSequence,
+        reduction: Any = None,
+        *,
+        questions: Sequence[int] | None = None,
+        room: int | None = None,
+    ) -> Prefix:
+        """Run the common beginning of several prompts once (`llava.model.shared_prefix`).
+
+        sequence: from `build_sequence`, one row a picture, without the questions' own tokens.
+        reduction: as in `forward`. questions: how many questions follow each row; not needed for
+        one row. room: tokens a question may have (default: what the context leaves); with sliding
+        windows less room may mean more shared layers. ValueError for numbers that do not fit.
+        """
+        plan = resolve_plan(reduction, self.config)[0]
+        most = self.context_length - sequence.layout.width
+        room = most if room is None else min(room, most)
+        return encode_prefix(self.get_model(), sequence, plan, questions=questions, room=room)
 
     def _splice(
         self,
@@ -441,18 +478,19 @@ class LlavaMetaForCausalLM:
         reduction: Any = None,
         pixel_values: Any = None,
         texts: Mapping[str, Tensor] | None = None,
+        prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate for a batch with pictures; returns the new tokens only.
 
         inputs (or input_ids), attention_mask, images, image_sizes, texts: as `build_sequence`,
-        padded on either side. With pixel_values, from a llava-hf processor, the prompt's ids stand
-        in front of the new tokens, as in transformers. reduction: as in `forward`; it holds for
-        this call alone. Greedy, sampling, beam search, num_return_sequences and streamers work, for
-        batches.
-        Raises ValueError for what cannot be right with layers of different lengths:
-        use_cache=False, a static or quantised cache, a cache of the caller, chunked prefill,
-        assisted decoding.
+        padded on either side; or sequence=, from `build_sequence`. prefix: from `encode_prefix`;
+        sequence then holds the questions alone, from `build_suffixes`. With pixel_values, from a
+        llava-hf processor, the prompt's ids stand in front of the new tokens, as in transformers.
+        reduction: as in `forward`; it holds for this call alone. Greedy, sampling, beam search,
+        num_return_sequences and streamers work, for batches. Raises ValueError for what cannot be
+        right with layers of different lengths: use_cache=False, a static or quantised cache, a
+        cache of the caller, chunked prefill, assisted decoding.
         """
         input_ids = kwargs.pop("input_ids", None)
         input_ids = inputs if input_ids is None else input_ids
@@ -475,14 +513,20 @@ class LlavaMetaForCausalLM:
                 pixel_values=pixel_values,
                 texts=texts,
             )
-        sequence = sequence.relayout("left")
+        if prefix is None:
+            sequence = sequence.relayout("left")
+            reduction = resolve_plan(reduction, self.config)[0]
+        else:
+            prefix.check(sequence, reduction)
+            reduction = prefix.plan
         if pixel_values is not None or (self.prompt_in_output and images is None):
             kwargs["input_ids"] = input_ids
         return super().generate(
             inputs_embeds=sequence.hidden,
             attention_mask=(sequence.origin >= 0).long(),
             sequence=sequence,
-            reduction=resolve_plan(reduction, self.config)[0],
+            reduction=reduction,
+            prefix=prefix,
             **kwargs,
         )
 
@@ -514,7 +558,10 @@ class LlavaMetaForCausalLM:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         offloading = generation_config.cache_implementation == "offloaded"
-        model_kwargs["past_key_values"] = StagedCache(self.config, offloading=offloading)
+        cache = StagedCache(self.config, offloading=offloading)
+        # The cache stays empty until the first forward, so that transformers slices nothing.
+        cache.prefix = model_kwargs.pop("prefix", None)
+        model_kwargs["past_key_values"] = cache
 
     def _expand_inputs_for_generation(
         self,
@@ -541,6 +588,7 @@ class LlavaMetaForCausalLM:
         is_first_iteration: bool | None = False,
         sequence: TokenSequence | None = None,
         reduction: Any = None,
+        prefix: Prefix | None = None,  # named for transformers' check; the cache brings it along
         logits_to_keep: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:

@@ -119,13 +119,21 @@ def _cells(rows: int, columns: int, first_row: int) -> np.ndarray:
     return np.stack([row + first_row, column], 1)
 
 
-def assign_pictures(marks: Sequence[int], pictures: int) -> list[list[int]]:
+def assign_pictures(
+    marks: Sequence[int], pictures: int, image_index: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of the pictures of each sample.
 
-    marks: `<image>` marks of each sample. Pictures come in the order of the marks; LLaVA's
-    collator also gives a dummy to each sample without a mark, which is skipped. ValueError when
-    neither count fits.
+    marks: `<image>` marks of each sample. Pictures come in the order of the marks, or as
+    `image_index` says for each mark; LLaVA's collator also gives a dummy to each sample without a
+    mark, which is skipped. ValueError when no count fits.
     """
+    if image_index is not None:
+        check_image_marks(sum(marks), len(image_index), "the batch")
+        if any(not 0 <= index < pictures for index in image_index):
+            raise ValueError(f"image_index {list(image_index)} for {pictures} pictures")
+        stops = np.cumsum(marks)
+        return [list(image_index[s - n : s]) for s, n in zip(stops, marks, strict=True)]
     total, text_only = sum(marks), sum(1 for count in marks if count == 0)
     with_dummies = pictures == total + text_only and pictures != total
     if pictures != total and not with_dummies:
@@ -140,12 +148,15 @@ def assign_pictures(marks: Sequence[int], pictures: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class Splice:
     """table [B, W, 9]: source row, then the facts of `TokenSequence`.
-    labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample. texts: ids
+    labels [B, W] unshifted, for callers of LLaVA's own interface. seeds: one a sample, of its ids
+    up to its last picture. shown: the pictures of each sample. patches: of each picture. texts: ids
     [B, T] of texts that methods may compare with, -1 = filling."""
 
     table: np.ndarray
     labels: np.ndarray
     seeds: tuple[int, ...]
+    shown: tuple[tuple[int, ...], ...]
+    patches: tuple[int, ...]
     layout: Layout
     texts: dict[str, np.ndarray]
 
@@ -206,9 +217,10 @@ class Splicer:
         pictures: Sequence[Picture],
         kind: Kind,
         texts: Mapping[str, np.ndarray] | None = None,
+        image_index: Sequence[int] | None = None,
     ) -> Splice:
         """`splice` with this model's context."""
-        return splice(ids, mask, labels, pictures, kind, self.max_length, texts)
+        return splice(ids, mask, labels, pictures, kind, self.max_length, texts, image_index)
 
 
 def splice(
@@ -219,18 +231,20 @@ def splice(
     kind: Kind,
     max_length: int | None,
     texts: Mapping[str, np.ndarray] | None = None,
+    image_index: Sequence[int] | None = None,
 ) -> Splice:
     """Put every picture where its mark stands.
 
     ids [B, L] with IMAGE_TOKEN_INDEX marks; mask bool [B, L] of real ids; labels [B, L] or None.
     Rows that score: with labels every row in front of an answer, else the last one. max_length:
     tokens a sample may have. texts: further texts of each sample, ids [B, T], -1 = filling; "all",
-    the prompt's own text up to the first answer, is added. Raises ValueError for a wrong number of
-    pictures or texts, or a sample that is too long; nothing is ever cut here.
+    the prompt's own text up to the first answer, is added. image_index: which picture each mark of
+    the batch shows, for questions that share one (default: one after the other). Raises ValueError
+    for a wrong number of pictures or texts, or a sample that is too long; nothing is ever cut here.
     """
     batch, length = ids.shape
     marks = [int(((ids[b] == IMAGE_TOKEN_INDEX) & mask[b]).sum()) for b in range(batch)]
-    owners = assign_pictures(marks, len(pictures))
+    owners = assign_pictures(marks, len(pictures), image_index)
     first_patch = np.cumsum([0] + [picture.patches for picture in pictures]) + batch * length
     newline, zero = int(first_patch[-1]), int(first_patch[-1]) + 1
     samples: list[dict[str, np.ndarray]] = []
@@ -239,7 +253,9 @@ def splice(
     for b in range(batch):
         real = np.flatnonzero(mask[b])
         where = [int(i) for i in real if ids[b, i] == IMAGE_TOKEN_INDEX]
-        seeds.append(zlib.crc32(ids[b, real].astype("<i8").tobytes()) & 0x7FFFFFFF)
+        # All questions about a picture draw the same numbers: what follows it does not count.
+        common = ids[b, real[real <= where[-1]] if where else real]
+        seeds.append(zlib.crc32(common.astype("<i8").tobytes()) & 0x7FFFFFFF)
         source, cell, label, grids = [], [], [], 0
         for piece, stop in enumerate([*where, None]):
             begin = where[piece - 1] + 1 if piece else (real[0] if len(real) else 0)
@@ -269,13 +285,21 @@ def splice(
                 f"{sum(len(pictures[i]) for i in owners[b])} of them visual); the model's context "
                 f"holds {max_length}"
             )
-    plan = _pack(samples, groups, tuple(seeds), labels is not None, kind, zero)
+    table, all_labels, layout = _pack(samples, groups, labels is not None, kind, zero)
     own = {**(texts or {}), "all": prompt_text(ids, mask, labels)}
     counts = tuple((name, tuple((rows >= 0).sum(1).tolist())) for name, rows in own.items())
     for name, rows in own.items():
         if len(rows) != batch:
             raise ValueError(f"text {name!r} has {len(rows)} rows for {batch} samples")
-    return replace(plan, texts=own, layout=replace(plan.layout, texts=counts))
+    return Splice(
+        table=table,
+        labels=all_labels,
+        seeds=tuple(seeds),
+        shown=tuple(tuple(own) for own in owners),
+        patches=tuple(picture.patches for picture in pictures),
+        layout=replace(layout, texts=counts),
+        texts=own,
+    )
 
 
 def prompt_text(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -289,11 +313,10 @@ def prompt_text(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray | None) ->
 def _pack(
     samples: list[dict[str, np.ndarray]],
     groups: list[Group],
-    seeds: tuple[int, ...],
     supervised: bool,
     kind: Kind,
     zero: int,
-) -> Splice:
+) -> tuple[np.ndarray, np.ndarray, Layout]:
     lengths = tuple(len(sample["source"]) for sample in samples)
     protected = [0] * len(groups)
     queries, targets, rows = [], [], []
@@ -324,7 +347,7 @@ def _pack(
         row = 0 if kind == "packed" else index
         table[row, start : start + length] = rows[index]
         all_labels[row, start : start + length] = samples[index]["label"]
-    return Splice(table, all_labels, seeds, layout, {})
+    return table, all_labels, layout
 
 
 def embed_splice(
@@ -347,9 +370,10 @@ def embed_splice(
     device = text_BLD.device
     table = torch.from_numpy(plan.table).to(device, non_blocking=True)
     hidden = torch.cat(parts).index_select(0, table[..., 0].flatten())
-    inputs = {"seed": torch.tensor(plan.seeds).to(device, non_blocking=True)}
-    for name, rows in plan.texts.items():
-        inputs[f"text:{name}"] = torch.from_numpy(rows).to(device, non_blocking=True)
+    inputs = {
+        f"text:{name}": torch.from_numpy(rows).to(device, non_blocking=True)
+        for name, rows in plan.texts.items()
+    }
     return TokenSequence(
         hidden=hidden.view(*table.shape[:2], size),
         facts=table[..., 1:],
@@ -357,3 +381,29 @@ def embed_splice(
         inputs=inputs,
         layout=plan.layout,
     )
+
+
+def sample_seeds(plan: Splice, tiles: Tensor | None, device: torch.device) -> Tensor:
+    """Seed of each sample [B], below 2**31: a hash of its ids up to its last picture and of pixels.
+
+    So all questions about a picture have one seed, and two pictures have two. tiles [T, 3, H, W]:
+    of all pictures; the first tile of each is hashed, at up to 4096 places. No host read.
+    """
+    base = torch.tensor(plan.seeds).to(device, non_blocking=True)
+    if tiles is None or not plan.patches:
+        return base
+    weight = np.zeros((len(plan.seeds), len(plan.patches)), dtype=np.int64)
+    for sample, shown in enumerate(plan.shown):
+        for place, picture in enumerate(shown):
+            weight[sample, picture] += place + 1
+    weight_BP = torch.from_numpy(weight).to(device, non_blocking=True)
+    patches = np.cumsum([0, *plan.patches])
+    first = torch.from_numpy(patches[:-1] * tiles.shape[0] // patches[-1])
+    values = tiles.detach()[first.to(device, non_blocking=True)].flatten(1)
+    values = values[:, :: max(1, values.shape[1] // 4096)].contiguous()
+    bits = values.view(torch.int32 if values.element_size() == 4 else torch.int16).long()
+    bits = (bits ^ (bits >> 16)) & 0xFFFF
+    factor = torch.arange(1, bits.shape[1] + 1, device=device) * 0x9E3779B1 & 0xFFFFFFF
+    hash_P = (bits * factor).sum(1)  # below 2**(16 + 28 + 15)
+    hash_P = (hash_P ^ (hash_P >> 29)) & 0x7FFFFFFF
+    return (base + (weight_BP * hash_P).sum(1)) & 0x7FFFFFFF

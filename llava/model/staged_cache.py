@@ -8,13 +8,16 @@ decoder asks nothing else, so no counter has to be kept in step and beams can be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llava.sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from llava.model.shared_prefix import Prefix
 
 
 class PrefillLayer(DynamicLayer):
@@ -56,6 +59,8 @@ class StagedCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PrefillLayer()
         self.stages: list[StageRecord] = []
+        # What the first forward continues, when the batch shares its beginning.
+        self.prefix: Prefix | None = None
 
     def open(self, start: int, stop: int, sequence: TokenSequence) -> None:
         """Record what the layers start .. stop-1 are about to store. Left-padded sequences only:
@@ -84,6 +89,21 @@ class StagedCache(DynamicCache):
             return positions, None
         new = stage.valid.new_ones(stage.valid.shape[0], seen + count)
         return positions, torch.cat([stage.valid, new], 1)
+
+    def relay(self, layers: range, column_BW: Tensor) -> None:
+        """Gather the stored columns of some layers: slot w of row b becomes column_BW[b, w].
+
+        Only before anything is dropped: a window must hold all columns.
+        """
+        for index in layers:
+            layer = self.layers[index]
+            column = column_BW.to(layer.keys.device)[:, None, :, None]
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                shape = (old.shape[0], old.shape[1], column.shape[2], old.shape[3])
+                setattr(layer, name, old.gather(2, column.expand(shape)))
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = column.shape[2]
 
     def _map_stages(self, change: Any) -> None:
         for stage in self.stages:

@@ -76,13 +76,21 @@ class CutTrace:
 class Record:
     """Filled by a forward pass for its caller: the sequence behind the last layer, the stages and,
     when `trace` is set, every cut. replay: keep masks [G, N] to use instead of asking the method
-    (tests compare two backends on the same kept sets)."""
+    (tests compare two backends on the same kept sets). watch: a layer whose input becomes
+    `watched`."""
 
     trace: bool = False
     replay: Sequence[Tensor] = ()
     sequence: TokenSequence | None = None
     stages: tuple[StageFacts, ...] = ()
     cuts: list[CutTrace] = field(default_factory=list)
+    watch: int | None = None
+    watched: Tensor | None = None
+
+    def see(self, index: int, hidden: Tensor) -> None:
+        """The loop is about to run layer `index` on `hidden`."""
+        if index == self.watch:
+            self.watched = hidden
 
 
 class StagedLayer:
@@ -178,22 +186,55 @@ class StagedModelMixin:
 
         record.sequence becomes the sequence behind the last layer, in the caller's layout.
         """
-        caller_kind = sequence.layout.kind
-        if cache is not None:
-            if caller_kind == "packed":
-                raise ValueError("a packed batch cannot fill a cache; accepted: padded batches")
-            sequence = sequence.relayout("left")
+        caller_kind, first = sequence.layout.kind, 0
+        measured: dict[Signal, Tensor] = {}
+        if cache is not None and cache.prefix is not None:
+            caller_kind, first = "left", cache.prefix.depth
+            sequence, stages, measured = cache.prefix.join(self, sequence, cache, kwargs)
+        else:
+            if cache is not None:
+                if caller_kind == "packed":
+                    raise ValueError("a packed batch cannot fill a cache; accepted: padded batches")
+                sequence = sequence.relayout("left")
+            check_texts(plan, sequence.layout)
+            sequence = with_embeds(sequence, plan)
+            stages = plan.schedule(sequence.layout, len(self.layers))
+        layers = range(first, len(self.layers))
+        sequence, stages = self.run_stages(
+            sequence, stages, layers, plan, cache, record, kwargs, measured=measured
+        )
+        if sequence.layout.kind != caller_kind:
+            sequence = sequence.relayout(caller_kind)
+        sequence.hidden = self.norm(sequence.hidden)
+        record.sequence, record.stages = sequence, stages
+        return sequence.hidden
+
+    def run_stages(
+        self,
+        sequence: TokenSequence,
+        stages: tuple[StageFacts, ...],
+        layers: range,
+        plan: ReductionPlan,
+        cache: StagedCache | None,
+        record: Record,
+        kwargs: dict[str, Any],
+        *,
+        measured: dict[Signal, Tensor] | None = None,
+    ) -> tuple[TokenSequence, tuple[StageFacts, ...]]:
+        """Some layers and the cuts in front of them: the sequence behind the last, not normed, and
+        the stages as they ran.
+
+        sequence: at the input of the first of `layers`. stages: of all layers. measured: what a cut
+        right in front of `layers` wants of the layer before it.
+        """
         sequence = replace(sequence)  # the caller's object stays as it is
-        uncut, counts = sequence.layout, dict[int, list[int]]()
-        check_texts(plan, uncut)
-        sequence = with_embeds(sequence, plan)
-        stages = plan.schedule(uncut, len(self.layers))
+        uncut, counts = stages[0].layout, dict[int, list[int]]()
         facts = upload_facts(stages, sequence.facts.device)
         rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
-        measured: dict[Signal, Tensor] = {}
+        measured = measured or {}
         for number in range(len(stages)):
             cut = stages[number].cut
-            if cut is not None:
+            if cut is not None and cut.at in layers:
                 # A cut at layer 0 has no layer in front of it; else the previous stage measured.
                 sequence, choice = self._choose(
                     sequence, stages[number], facts[number], rotary, measured, record
@@ -206,24 +247,22 @@ class StagedModelMixin:
                     sequence, choice, stages[number], facts[number], plan
                 )
                 rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
-            stage = stages[number]
-            if stage.start == stage.stop:  # a cut before the LLM: no layer sees the uncut sequence
+            stage = stages[number].within(layers)
+            if stage.start >= stage.stop:  # a cut before the LLM: no layer sees it uncut
                 continue
             if cache is not None:
                 cache.open(stage.start, stage.stop, sequence)
             following = stages[number + 1].cut if number + 1 < len(stages) else None
+            if following is not None and following.at not in layers:
+                following = None
             hidden, measured = self._run_stage(
-                sequence, stage, following, rotary, cache, plan.program, kwargs
+                sequence, stage, following, rotary, cache, plan.program, record, kwargs
             )
             sequence.hidden = hidden
             if hidden.device != sequence.facts.device:
                 sequence = sequence.to(hidden.device)
                 rotary = tuple(table.to(hidden.device) for table in rotary)
-        if sequence.layout.kind != caller_kind:
-            sequence = sequence.relayout(caller_kind)
-        sequence.hidden = self.norm(sequence.hidden)
-        record.sequence, record.stages = sequence, stages
-        return sequence.hidden
+        return sequence, stages
 
     def _run_stage(
         self,
@@ -233,6 +272,7 @@ class StagedModelMixin:
         rotary: tuple[Tensor, Tensor],
         cache: StagedCache | None,
         program: LayerProgram | None,
+        record: Record,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, dict[Signal, Tensor]]:
         """Layers of equal length: their output, and what the following cut wants measured at the
@@ -242,6 +282,7 @@ class StagedModelMixin:
         measured: dict[Signal, Tensor] = {}
         hidden = sequence.hidden
         for index in range(stage.start, stage.stop):
+            record.see(index, hidden)
             via = program.layer(index) if program is not None else None
             extra = {} if via is None else {"via": via, "prepared": prepared}
             here = replace(sequence, hidden=hidden)
@@ -423,8 +464,15 @@ class StagedModelMixin:
             return mass
         return mass.flatten(0, 1)[tables.place][None]
 
-    def _decode(self, hidden: Tensor, cache: StagedCache, kwargs: dict[str, Any]) -> Tensor:
-        """Text tokens [B, q, D] on a filled cache: each is attended to in the layers it reached."""
+    def _decode(
+        self,
+        hidden: Tensor,
+        cache: StagedCache,
+        kwargs: dict[str, Any],
+        record: Record | None = None,
+    ) -> Tensor:
+        """Text tokens [B, q, D] through the layers that the cache has opened: each is attended to
+        in the layers it reached."""
         count = hidden.shape[1]
         steps = [cache.step(stage, count) for stage in cache.stages]
         # One call for the rotary tables of all stages.
@@ -434,6 +482,8 @@ class StagedModelMixin:
         for number, (stage, (_, valid)) in enumerate(zip(cache.stages, steps, strict=True)):
             masks = _masks(self.config, hidden, valid, cache, range(stage.start, stage.stop))
             for index in range(stage.start, stage.stop):
+                if record is not None:
+                    record.see(index, hidden)
                 hidden = self.layers[index](
                     hidden,
                     attention_mask=masks[attention_kind(self.config, index)],
@@ -631,10 +681,15 @@ def upload_facts(stages: Sequence[StageFacts], device: torch.device) -> tuple[Cu
             np.array(stage.regroup, dtype=np.int64),
             np.array(stage.layout.bounds(), dtype=np.int64),
         ]
+    shaped = upload(arrays, device)
+    return tuple(CutFacts(*shaped[i : i + 7]) for i in range(0, len(shaped), 7))
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Integer arrays on the device, in one copy."""
     flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
-    shaped = [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-    return tuple(CutFacts(*shaped[i : i + 7]) for i in range(0, len(shaped), 7))
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +85,11 @@ class StageFacts:
     def visual(self) -> tuple[int, ...]:
         """Visual tokens of each sample."""
         return self.layout.visual
+
+    def within(self, layers: range) -> StageFacts:
+        """The part of the stage that lies in `layers`; empty (start >= stop) when none does."""
+        start, stop = max(self.start, layers.start), min(self.stop, layers.stop)
+        return replace(self, start=start, stop=stop)
 
     @property
     def budgets(self) -> tuple[int, ...]:

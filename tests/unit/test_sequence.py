@@ -20,7 +20,7 @@ def test_layout_arithmetic():
     packed = Layout((9, 5), groups, (1, 1), "packed")
     assert packed.bounds() == ((0, 9), (9, 5))
     assert (packed.rows, packed.width, packed.is_padded) == (1, 14, False)
-    twice = layout.repeat(2)
+    twice = layout.take([0, 0, 1, 1])
     assert [group.sample for group in twice.groups] == [0, 0, 1, 1, 2, 3]
     assert twice.lengths == (9, 9, 5, 5)
     with pytest.raises(ValueError, match="left, right, packed"):

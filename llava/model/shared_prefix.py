@@ -1,0 +1,260 @@
+"""Many questions about one picture: their common beginning runs once.
+
+The longest common prefix of the prompts (template, picture, often the first words of the question)
+goes through the layers in front of the first cut that reads the question, once a picture. Then each
+question's own tokens run behind it through the same layers, padded on the right, so that prefix and
+question are adjacent and every causal and window distance is right. One gather moves the cached
+columns to ``[padding | prefix | question]``, the columns of the unshared path: the cuts and layers
+that follow, decoding and beams know nothing of it, and kept sets, lengths, positions and tokens are
+those of the unshared batch.
+
+Cuts that do not read the question are made in the prefix, unless their counts are not known on the
+host. A sliding window that could not hold prefix and question ends the shared part in front of its
+layer, because the cache of such a layer has dropped columns by then. Plans that compare with texts
+beside the prompt (Simignore) read the question before the first layer: only the tower is shared,
+with whole prompts (`Splicer(image_index=)`).
+
+    prefix = model.encode_prefix(model.build_sequence(prefix_ids, images=pixels), "none")
+    model.generate(sequence=model.build_suffixes(ids, mask), prefix=prefix, max_new_tokens=16)
+
+Nothing is read back from the device. Shape suffixes: P prefixes · B questions · W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.model.staged_cache import StagedCache, StageRecord
+from llava.model.staged_decoder import SLIDING, Record, attention_kind, upload, with_embeds
+from llava.reduction.base import Signal, counts_known
+from llava.reduction.plan import Cut, ReductionPlan, StageFacts
+from llava.sequence import ORIGIN, POSITION, QUERY, Layout, TokenSequence
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """P common beginnings behind the shared layers. Never changed: it may serve several calls.
+
+    plan: what runs. depth: layers 0 .. depth-1 are done. questions: how many questions belong to
+    each prefix, in order; None = all belong to the only one. room: tokens a question may have.
+    uncut: the layout before any cut. layouts: of each of the cache's stages. sequence: at the input
+    of layer `depth`. before: hidden state at the input of the layer in front of it, where the cut
+    at `depth` wants to see it. cache: keys and values of the shared layers.
+    """
+
+    plan: ReductionPlan
+    depth: int
+    questions: tuple[int, ...] | None
+    room: int
+    uncut: Layout
+    layouts: tuple[Layout, ...]
+    sequence: TokenSequence
+    before: Tensor | None
+    cache: StagedCache
+
+    def owners(self, rows: int) -> tuple[int, ...]:
+        """The prefix of each of `rows` questions; with beams each question comes several times.
+
+        ValueError when the number does not fit.
+        """
+        questions = self.questions or (1,)
+        copies, rest = divmod(rows, sum(questions))
+        if rest or not rows:
+            raise ValueError(
+                f"{rows} questions for prefixes with {list(questions)}; give one row a question"
+            )
+        return tuple(p for p, count in enumerate(questions) for _ in range(count * copies))
+
+    def check(self, suffix: TokenSequence, reduction: Any = None) -> None:
+        """ValueError for questions that cannot stand behind this prefix, and for another plan."""
+        if reduction is not None and ReductionPlan.parse(reduction) != self.plan:
+            raise ValueError(f"the prefix was made with the plan {self.plan}; got {reduction}")
+        layout = suffix.layout
+        self.owners(len(layout.lengths))
+        if layout.groups or layout.targets:
+            raise ValueError("questions behind a prefix are text without labels")
+        if layout.kind == "packed" or (layout.kind == "left" and layout.is_padded):
+            raise ValueError("questions behind a prefix are padded on the right")
+        if not all(0 < length <= self.room for length in layout.lengths):
+            raise ValueError(
+                f"questions of {min(layout.lengths)} to {max(layout.lengths)} tokens; behind this "
+                f"prefix 1 to {self.room} are accepted"
+            )
+
+    def join(
+        self, decoder: Any, suffix: TokenSequence, cache: StagedCache, kwargs: dict[str, Any]
+    ) -> tuple[TokenSequence, tuple[StageFacts, ...], dict[Signal, Tensor]]:
+        """Run questions [B, W, D] through the shared layers and fill `cache` with both.
+
+        Returns prefix and question as one left-padded sequence at the input of layer `depth`, the
+        stages of the whole prompts, and what a cut at `depth` wants of the layer before it.
+        """
+        cache.prefix = None
+        suffix = with_embeds(suffix, self.plan)
+        owners = self.owners(len(suffix.layout.lengths))
+        device = suffix.facts.device
+        uncut, _ = self.uncut.take(owners).append(suffix.layout)
+        stages = self.plan.schedule(uncut, len(decoder.layers))
+        # One entry a stage of the cache, and one for the sequence itself.
+        layouts = [layout.take(owners) for layout in (*self.layouts, self.sequence.layout)]
+        joined = [layout.append(suffix.layout) for layout in layouts]
+        count = len(joined)
+        tables = upload(
+            [
+                np.array(owners),
+                np.array(suffix.layout.lengths),
+                np.array(uncut.lengths) - np.array(suffix.layout.lengths),
+                *(self._next_positions(layout, owners) for layout in layouts),
+                *(np.array(layout.bounds()) for layout, _ in joined),
+                *(column for _, column in joined),
+            ],
+            device,
+        )
+        owner_B, length_B, first_B = tables[:3]
+        following, bounds, columns = (tables[3 + i * count : 3 + (i + 1) * count] for i in range(3))
+
+        self._unfold(cache, owner_B, following)
+        record = Record(watch=None if self.before is None else self.depth - 1)
+        hidden = suffix.hidden
+        if self.depth:
+            hidden = decoder._decode(hidden, cache, kwargs, record)
+        for stage, (layout, _), bounds_B2, column_BW in zip(
+            cache.stages, joined, bounds, columns, strict=False
+        ):
+            cache.relay(range(stage.start, stage.stop), column_BW)
+            stage.length = layout.width
+            stage.next_position = stage.next_position + length_B
+            place = torch.arange(layout.width, device=device)
+            stage.valid = place >= bounds_B2[:, :1] if layout.is_padded else None
+
+        facts = suffix.facts.clone()
+        facts[..., POSITION] += following[-1][:, None]
+        facts[..., ORIGIN] += torch.where(suffix.origin >= 0, first_B[:, None], 0)
+        own = self.sequence.take(owners)
+        own.facts[..., QUERY] = 0
+
+        def whole(prefix_hidden: Tensor, suffix_hidden: Tensor) -> TokenSequence:
+            return replace(own, hidden=prefix_hidden).append(
+                replace(suffix, hidden=suffix_hidden, facts=facts),
+                joined[-1][0],
+                columns[-1],
+                bounds[-1],
+            )
+
+        sequence = whole(own.hidden, hidden)
+        measured = {}
+        cut = _cut_at(self.plan, self.depth)
+        if self.before is not None and cut is not None and record.watched is not None:
+            here = whole(self.before.index_select(0, owner_B), record.watched)
+            rotary = decoder.rotary_emb(here.hidden, position_ids=here.position)
+            measured = decoder._measure(cut, -1, here, rotary, cache)
+        return sequence, stages, measured
+
+    def _next_positions(self, layout: Layout, owners: Sequence[int]) -> np.ndarray:
+        """Position of the first token behind each prefix [B]. The last token of a prefix may be a
+        visual one that was dropped, so with original positions the uncut length counts."""
+        if self.plan.positions == "original":
+            return np.array([self.uncut.lengths[owner] for owner in owners])
+        return np.array(layout.lengths)
+
+    def _unfold(self, cache: StagedCache, owner_B: Tensor, following: Sequence[Tensor]) -> None:
+        """Give each question its own copy of the prefix's keys and values. following: position of
+        the next token in each stage [B]."""
+
+        def rows(tensor: Tensor) -> Tensor:
+            if tensor.shape[0] == 1:  # no copy: the layers join the questions' own columns to it
+                return tensor.expand(owner_B.shape[0], *tensor.shape[1:])
+            return tensor.index_select(0, owner_B.to(tensor.device))
+
+        for index in range(self.depth):
+            layer = self.cache.layers[index]
+            cache.update(rows(layer.keys), rows(layer.values), index)
+        cache.stages = [
+            StageRecord(
+                stage.start,
+                stage.stop,
+                stage.length,
+                None if stage.valid is None else rows(stage.valid),
+                position_B,
+            )
+            for stage, position_B in zip(self.cache.stages, following, strict=False)
+        ]
+
+
+def encode_prefix(
+    decoder: Any,
+    sequence: TokenSequence,
+    plan: ReductionPlan,
+    *,
+    questions: Sequence[int] | None,
+    room: int,
+) -> Prefix:
+    """Run the common beginning of some prompts through the layers that all questions share.
+
+    sequence: P prefixes without labels. questions: of each prefix, in order; may be None for one
+    prefix. room: tokens a question may have. ValueError for numbers that do not fit.
+    """
+    layout = sequence.layout
+    rows = len(layout.lengths)
+    if layout.kind == "packed" or layout.targets:
+        raise ValueError("a prefix is a padded batch without labels")
+    if plan.texts:
+        raise ValueError(f"{plan} compares with texts of the question; give whole prompts")
+    if (questions is None and rows != 1) or (questions is not None and len(questions) != rows):
+        raise ValueError(
+            f"{rows} prefixes with questions={questions!r}; give the number of questions of each"
+        )
+    if questions is not None and any(count < 1 for count in questions):
+        raise ValueError(f"questions={list(questions)}; each prefix needs at least one")
+    if room < 1:
+        raise ValueError(f"behind the prefix there is room for {room} tokens; at least 1 is needed")
+    sequence = with_embeds(without_texts(sequence.relayout("left")), plan)
+    depth = sharable_layers(decoder, plan, layout.width + room)
+    stages = plan.schedule(sequence.layout, len(decoder.layers))
+    cache = StagedCache(decoder.config)
+    cut = _cut_at(plan, depth)
+    looks_back = cut is not None and any(signal.offset == -1 for signal in cut.reducer.signals)
+    record = Record(watch=depth - 1 if looks_back else None)
+    behind, _ = decoder.run_stages(sequence, stages, range(depth), plan, cache, record, {})
+    opened = [stage for stage in stages if stage.start < min(stage.stop, depth)]
+    return Prefix(
+        plan=plan,
+        depth=depth,
+        questions=None if questions is None else tuple(questions),
+        room=room,
+        uncut=sequence.layout,
+        layouts=tuple(stage.layout for stage in opened),
+        sequence=behind,
+        before=record.watched,
+        cache=cache,
+    )
+
+
+def sharable_layers(decoder: Any, plan: ReductionPlan, width: int) -> int:
+    """Layers that questions of one picture can share when prompts have up to `width` tokens."""
+    depth = plan.shared_depth(len(decoder.layers))
+    if plan.program is not None:  # it has no form for further tokens on a cache
+        return 0
+    depth = min([depth, *(cut.at for cut in plan.cuts if not counts_known(cut.reducer))])
+    config = decoder.config
+    for index in range(depth):
+        # A full window layer would have dropped the columns that `relay` needs.
+        if attention_kind(config, index) == SLIDING and config.sliding_window <= width:
+            return index
+    return depth
+
+
+def without_texts(sequence: TokenSequence) -> TokenSequence:
+    """Without the texts beside the prompt: those of a prefix say nothing about its questions."""
+    inputs = {"seed": sequence.inputs["seed"]}
+    return replace(sequence, inputs=inputs, layout=replace(sequence.layout, texts=()))
+
+
+def _cut_at(plan: ReductionPlan, layer: int) -> Cut | None:
+    return next((cut for cut in plan.cuts if cut.at == layer), None)
