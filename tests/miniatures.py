@@ -6,6 +6,7 @@ names are written out here a second time, by hand and not through `llava.model.k
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from conftest import DATA
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -128,14 +130,15 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def write_tower(folder: Path) -> CLIPVisionModel:
+def write_tower(folder: Path, **changes: int) -> CLIPVisionModel:
     """A CLIP tower in its own folder, as the hub has it: the names with `vision_model.`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(3)
-    model = CLIPVisionModel(CLIPVisionConfig(**VISION)).eval().half().float()
+    vision = {**VISION, **changes}
+    model = CLIPVisionModel(CLIPVisionConfig(**vision)).eval().half().float()
     weights = {f"vision_model.{key}": value for key, value in model.state_dict().items()}
     torch.save(weights, folder / "pytorch_model.bin")
-    write_json(folder / "config.json", {"model_type": "clip_vision_model", **VISION})
+    write_json(folder / "config.json", {"model_type": "clip_vision_model", **vision})
     write_processor(folder)
     return model
 
@@ -289,3 +292,79 @@ def write_hf(folder: Path, model: Any, spelling: str, suffix: str = "safetensors
     write_weights(folder, weights, suffix, shards=2)
     shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
     write_processor(folder)
+
+
+# ------------------------------------------------------------------------- adapters over a base
+def write_base(folder: Path) -> Any:
+    """A language model without pictures, as Vicuna's folder: the base of the adapters below."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(17)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
+    write_json(
+        folder / "config.json",
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **TEXT},
+    )
+    write_weights(folder, model.state_dict(), "bin", shards=2)
+    shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
+    return model
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """config.json of a projector or LoRA run, with its tower written beside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tower = folder.parent / "clip-vit-large-patch14-336"
+    write_tower(tower)
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_vision_tower": str(tower),
+        **TEXT,
+        **MM_KEYS,
+    }
+
+
+def write_projector_only(folder: Path, base: Any, prefix: str = "") -> Any:
+    """config.json and mm_projector.bin of a first stage over `base`; returns the whole model."""
+    config = adapter_config(folder)
+    write_json(folder / "config.json", {**config, "tune_mm_mlp_adapter": True})
+    clip = CLIPVisionModel.from_pretrained(config["mm_vision_tower"])
+    model = reference_model(config, clip)
+    model.load_state_dict(base.state_dict(), strict=False)
+    projector = model.model.mm_projector.state_dict()
+    torch.save(
+        {f"{prefix}model.mm_projector.{key}": value for key, value in projector.items()},
+        folder / "mm_projector.bin",
+    )
+    return model
+
+
+def write_lora(folder: Path, base: Any, old_peft: bool) -> Any:
+    """A LoRA run over `base` as LLaVA saves it, merged by peft in the returned model.
+
+    old_peft: the spelling with `.default` in an adapter_model.bin, else today's.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = adapter_config(folder)
+    write_json(folder / "config.json", config)
+    clip = CLIPVisionModel.from_pretrained(config["mm_vision_tower"])
+    model = reference_model(config, clip)
+    projector = model.model.mm_projector.state_dict()
+    torch.save(
+        {f"base_model.model.model.mm_projector.{k}": v for k, v in projector.items()},
+        folder / "non_lora_trainables.bin",
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+    tuned = get_peft_model(copy.deepcopy(base), settings)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(folder)
+    if old_peft:
+        new = folder / "adapter_model.safetensors"
+        old = {key.replace(".weight", ".default.weight"): v for key, v in load_file(new).items()}
+        torch.save(old, folder / "adapter_model.bin")
+        new.unlink()
+    model.load_state_dict(tuned.merge_and_unload().state_dict(), strict=False)
+    return model

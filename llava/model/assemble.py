@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from llava.model.key_maps import (
     rename_all,
     shortened,
 )
-from llava.model.multimodal_encoder.builder import read_tower, tower_structure
+from llava.model.multimodal_encoder.builder import read_tower, tower_class, tower_structure
 
 # model_type or architecture in a flat config.json -> key of `builder.FAMILIES`.
 MODEL_TYPES = {**DECODERS, **{name: name for name in DECODERS.values()}, "llava": "llava_llama"}
@@ -62,7 +62,6 @@ class Parts:
     tower: Choice
     folders: tuple[Path, ...]
     processor: Any = None
-    stale: list[str] = field(default_factory=list)
 
 
 def assemble(
@@ -220,7 +219,11 @@ def _add_tower(folder: Path, parts: Parts, vision_tower: str | Path | None) -> N
     inside = any(key.startswith(TOWER_PREFIX) for key in weights)
     if vision_tower is None and inside:
         structure = config.get("mm_vision_config") or tower_structure(name, folder)
-        config["mm_vision_config"] = dict(structure)
+        cls = tower_class(structure.get("model_type", "clip_vision_model"), name)
+        for key in [key for key in weights if key.startswith(cls.ignored)]:
+            del weights[key]
+        config["mm_vision_config"] = {**structure, **cls.settings}
+        _leave_out_layers(config, weights)
         parts.tower = Choice("weights in the checkpoint", "checkpoint")
     else:
         structure, own, parts.processor = read_tower(name)
@@ -235,6 +238,18 @@ def _add_tower(folder: Path, parts: Parts, vision_tower: str | Path | None) -> N
             f"{folder}: the vision tower {name} has features of width {width}, the projector takes "
             f"{config['mm_hidden_size']} (mm_hidden_size)"
         )
+
+
+def _leave_out_layers(config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """LLaVA-NeXT cuts off the tower's layers behind the one whose output it reads; say so."""
+    pattern = re.compile(re.escape(TOWER_PREFIX) + r"encoder\.layers\.(\d+)\.")
+    matches = [pattern.match(key) for key in weights]
+    have = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    structure = config["mm_vision_config"]
+    layers, select = structure.get("num_hidden_layers"), config.get("mm_vision_select_layer", -2)
+    if layers and select < -1 and have == layers + 1 + select:
+        config["mm_vision_config"] = {**structure, "num_hidden_layers": have}
+        config["mm_vision_select_layer"] = -1
 
 
 def check_weights(weights: Mapping[str, Tensor], model: Any, where: str) -> list[str]:

@@ -25,7 +25,7 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.conversation import resolve_conv_mode
-from llava.mm_utils import ASPECT_RATIOS
+from llava.mm_utils import ASPECT_RATIOS, crop_side
 from llava.model.assemble import ARCHITECTURES, Parts, assemble, check_weights
 from llava.model.checkpoint_layout import read_json
 from llava.model.choices import Choice, Choices
@@ -375,6 +375,12 @@ def _image_processor(model: Any, parts: Parts) -> Any:
         tower.image_processor = tower.processor_class().from_dict(settings)
     elif parts.processor is not None:
         tower.image_processor = parts.processor
+    made, wanted = crop_side(tower.image_processor), tower.config.image_size
+    if made != wanted:
+        raise ValueError(
+            f"{parts.folders[0]}: the image processor makes pictures of {made} pixels a side, the "
+            f"vision tower takes {wanted}"
+        )
     return tower.image_processor
 
 

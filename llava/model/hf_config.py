@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from llava.model.multimodal_encoder.builder import vision_config
+
 # model_type of a decoder -> model_type of LLaVA over it (keys of `builder.FAMILIES`).
 DECODERS = {
     "llama": "llava_llama",
@@ -32,7 +34,6 @@ CARRIED = (
     "mm_use_im_patch_token",
     "tokenizer_model_max_length",
     "tokenizer_padding_side",
-    "vocab_size",
 )
 
 
@@ -68,7 +69,7 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or text.dtype,
         "mm_vision_tower": getattr(vision, "_name_or_path", "") or vision.model_type,
-        "mm_vision_config": {**vision.to_diff_dict(), "model_type": vision.model_type},
+        "mm_vision_config": vision_config(vision, where),
         "mm_hidden_size": vision.hidden_size,
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": _STRATEGIES[config.vision_feature_select_strategy],

@@ -16,10 +16,17 @@ from miniatures import (
     ORIGINALS,
     PINS,
     SIDE,
+    VISION,
     hf_model,
+    old_names,
+    write_base,
     write_hf,
+    write_lora,
     write_original,
+    write_projector_only,
+    write_weights,
 )
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_checkpoint, load_pretrained_model
@@ -97,3 +104,65 @@ def test_the_legacy_signature(tmp_path):
     assert processor.image_mean[0] == pytest.approx(0.48145466)
     half = load_pretrained_model(tmp_path / "x", device="cpu", dtype="checkpoint")[1]
     assert half.dtype == torch.float16
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model."])
+def test_a_projector_over_its_base(prefix, tmp_path):
+    base = write_base(tmp_path / "a")
+    reference = write_projector_only(tmp_path / "b", base, prefix)
+    loaded = load_checkpoint(tmp_path / "b", tmp_path / "a", device="cpu")
+    assert loaded.unused == ()
+    with torch.no_grad():
+        equal(loaded.model(**inputs(False)).logits, reference(**inputs(False)).logits, 0)
+
+
+@pytest.mark.parametrize("old_peft", [True, False])
+def test_a_lora_run_over_its_base(old_peft, tmp_path):
+    base = write_base(tmp_path / "a")
+    reference = write_lora(tmp_path / "b", base, old_peft)
+    loaded = load_checkpoint(tmp_path / "b", tmp_path / "a", device="cpu")
+    assert loaded.unused == ()
+    with torch.no_grad():
+        without = load_checkpoint_of_base(tmp_path, base)(**inputs(False)).logits
+        got, expected = loaded.model(**inputs(False)).logits, reference(**inputs(False)).logits
+    equal(got, expected, 2e-5)
+    assert (got - without).abs().max() > 0.1  # the adapter did something
+
+
+def load_checkpoint_of_base(tmp_path, base):
+    """The same projector and tower over the base without the adapter."""
+    write_projector_only(tmp_path / "c", base)
+    return load_checkpoint(tmp_path / "c", tmp_path / "a", device="cpu").model
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "inside, last layer left out"])
+def test_siglip_towers(where, tmp_path):
+    """No class token, the features of the layer before the last, no pooling head."""
+    vision = SiglipVisionConfig(**{k: v for k, v in VISION.items() if k != "projection_dim"})
+    torch.manual_seed(4)
+    tower = SiglipVisionModel(vision).eval()
+    tower.save_pretrained(tmp_path / "siglip")
+    SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "siglip")
+    changes = {"mm_vision_tower": str(tmp_path / "siglip")}
+    reference = write_original(tmp_path / "x", "v1.5-7b", **changes)
+    if where != "beside":
+        own = {
+            f"model.vision_tower.vision_tower.vision_model.{k}": v
+            for k, v in tower.state_dict().items()
+            if ".layers.2." not in k or "left out" not in where
+        }
+        own |= {k: v for k, v in old_names(reference, False).items()}
+        for file in (tmp_path / "x").glob("pytorch_model*"):
+            file.unlink()
+        write_weights(tmp_path / "x", own)
+    loaded = load_checkpoint(tmp_path / "x", device="cpu")
+    assert loaded.unused == ()
+    given = inputs(False)
+    pixels = given["images"][0][None]
+    mine = loaded.model.get_vision_tower()
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        equal(mine(pixels), expected)
+    assert mine.tokens_per_tile == mine.num_patches == expected.shape[1]
+    assert loaded.image_processor.image_mean[0] == 0.5 or where != "beside"
+    assert loaded.model(**given).logits.shape[1] == 6 + expected.shape[1]

@@ -95,7 +95,9 @@ def vision_config(config: Any, name: str) -> dict[str, Any]:
     """The vision part of a tower's config, as a dict with its `model_type`."""
     tower_class(config.model_type, name)
     config = getattr(config, "vision_config", config)
-    return {**config.to_diff_dict(), "model_type": config.model_type}
+    structure = {**config.to_diff_dict(), "model_type": config.model_type}
+    structure.pop("transformers_version", None)
+    return {**structure, **tower_class(config.model_type, name).settings}
 
 
 def read_tower(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:

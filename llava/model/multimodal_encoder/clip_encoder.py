@@ -27,6 +27,7 @@ class CLIPVisionTower(nn.Module):
     config_class: ClassVar[Any] = CLIPVisionConfig
     class_tokens: ClassVar[int] = 1
     settings: ClassVar[dict[str, Any]] = {}  # of the vision config, whatever the checkpoint says
+    ignored: ClassVar[tuple[str, ...]] = ()  # weights that no feature of a patch goes through
 
     def __init__(self, name: str, config: Any, delay_load: bool = True) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class SiglipVisionTower(CLIPVisionTower):
     config_class = SiglipVisionConfig
     class_tokens = 0
     settings = {"vision_use_head": False}
+    ignored = ("model.vision_tower.vision_tower.head.",)
 
     @staticmethod
     def processor_class() -> Any:

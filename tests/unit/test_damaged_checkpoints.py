@@ -1,0 +1,263 @@
+"""Wrong and damaged checkpoints are refused by name, and no pickle runs code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from miniatures import (
+    IMAGE_ID,
+    TEXT,
+    hf_model,
+    write_base,
+    write_hf,
+    write_json,
+    write_lora,
+    write_original,
+    write_projector_only,
+    write_tower,
+)
+from safetensors.torch import load_file, save_file
+
+from llava.model.builder import load_checkpoint
+
+
+def load(folder: Path, *arguments: Any, **options: Any) -> Any:
+    return load_checkpoint(folder, *arguments, device="cpu", **options)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    write_json(file, {key: value for key, value in config.items() if value != "gone"})
+
+
+@pytest.fixture
+def bins(tmp_path):
+    write_original(tmp_path / "bins", "v1.5-7b")
+    return tmp_path / "bins"
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    write_original(tmp_path / "tensors", "v1.6-vicuna-7b")
+    return tmp_path / "tensors"
+
+
+class Attack:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_missing_shard(tensors, index):
+    (tensors / "model-00002-of-00003.safetensors").unlink()
+    if not index:
+        (tensors / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors .* is missing"):
+        load(tensors)
+
+
+def test_shards_without_their_index_are_read_by_their_numbers(tensors):
+    (tensors / "model.safetensors.index.json").unlink()
+    assert load(tensors).unused == ()
+
+
+def test_a_shard_that_lacks_what_the_index_lists(tensors):
+    file = tensors / "model-00001-of-00003.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    del weights[name]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=rf"index\.json are in none of its files: {name}"):
+        load(tensors)
+
+
+def test_an_index_that_points_out_of_the_folder(tensors):
+    write_json(
+        tensors / "model.safetensors.index.json", {"weight_map": {"a": "../other.safetensors"}}
+    )
+    with pytest.raises(ValueError, match=r"outside of its folder: \.\./other"):
+        load(tensors)
+
+
+@pytest.mark.parametrize("part", [0, 7, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["bins", "tensors"])
+def test_a_truncated_file(kind, part, request):
+    folder = request.getfixturevalue(kind)
+    file = sorted(folder.glob("*-00002-of-*"))[0]
+    data = file.read_bytes()
+    file.write_bytes(data[: int(part * len(data)) if part < 1 else part])
+    with pytest.raises(ValueError, match=rf"{file.name} is truncated"):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("old_format", [True, False])
+@pytest.mark.parametrize("name", ["pytorch_model-00002-of-00002.bin", "mm_projector.bin"])
+def test_a_pickle_that_would_run_code(name, old_format, tmp_path):
+    base = write_base(tmp_path / "a")
+    write_original(tmp_path / "x", "v1.5-7b")
+    write_projector_only(tmp_path / "b", base)
+    folder, given = (tmp_path / "b", [tmp_path / "a"]) if "mm" in name else (tmp_path / "x", [])
+    bad = {"model.norm.weight": Attack(tmp_path / "owned")}
+    torch.save(bad, folder / name, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(ValueError, match=rf"{name} is refused: .*mkdir"):
+        load(folder, *given)
+    assert not (tmp_path / "owned").exists()
+    (folder / name).write_bytes(pickle.dumps(bad))  # a plain pickle, no file of torch's
+    with pytest.raises(ValueError, match=name):
+        load(folder, *given)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_pickles_of_a_lora_run(tmp_path):
+    base = write_base(tmp_path / "a")
+    write_lora(tmp_path / "b", base, old_peft=True)
+    for name in ("non_lora_trainables.bin", "adapter_model.bin"):
+        kept = (tmp_path / "b" / name).read_bytes()
+        torch.save({"x": Attack(tmp_path / "owned")}, tmp_path / "b" / name)
+        with pytest.raises(ValueError, match=rf"{name} is refused: .*mkdir"):
+            load(tmp_path / "b", tmp_path / "a")
+        (tmp_path / "b" / name).write_bytes(kept)
+    assert not (tmp_path / "owned").exists()
+    torch.save([torch.ones(1)], tmp_path / "b" / "non_lora_trainables.bin")
+    with pytest.raises(ValueError, match=r"non_lora_trainables\.bin holds a list"):
+        load(tmp_path / "b", tmp_path / "a")
+
+
+def test_a_tower_of_another_size(bins, tensors, tmp_path):
+    wide = tmp_path / "wide"
+    write_tower(wide, hidden_size=36)
+    with pytest.raises(ValueError, match=r"width 36, the projector takes 24"):
+        load(bins, vision_tower=wide)
+    big = tmp_path / "big"
+    write_tower(big, image_size=84)
+    edit(tensors, mm_vision_tower=str(big))
+    with pytest.raises(ValueError, match=r"position_embedding.weight \(\(17, 24\), .*\(37, 24\)"):
+        load(tensors)
+    edit(tensors, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    with pytest.raises(ValueError, match=r"features of width 1024, the projector takes 24"):
+        load(tensors)
+
+
+def test_a_tower_that_is_not_there(bins, tensors):
+    edit(bins, mm_vision_tower="/nowhere/clip")
+    with pytest.raises(ValueError, match=r"/nowhere/clip.* cannot be read; give a folder"):
+        load(bins)
+    edit(tensors, mm_vision_tower="/nowhere/clip")
+    with pytest.raises(ValueError, match=r"not its structure.*--vision-tower"):
+        load(tensors)
+
+
+def test_a_processor_for_another_tower(tensors):
+    values = {"crop_size": 48, "size": 48, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    write_json(tensors / "preprocessor_config.json", values)
+    with pytest.raises(ValueError, match=r"makes pictures of 48 pixels a side.* takes 56"):
+        load(tensors)
+
+
+def test_configs_that_leave_something_out(bins, tensors):
+    edit(bins, mm_projector_type="gone")
+    with pytest.raises(ValueError, match=r"no mm_projector_type; .*'mlp2x_gelu'"):
+        load(bins)
+    edit(tensors, mm_patch_merge_type="flat")
+    loaded = load(tensors)
+    assert loaded.unused == ("model.image_newline",)  # and a warning that says so
+    edit(tensors, mm_patch_merge_type="spatial_unpad", image_grid_pinpoints="gone")
+    with pytest.raises(ValueError, match="needs image_grid_pinpoints"):
+        load(tensors)
+    edit(tensors, image_aspect_ratio="stretch")
+    with pytest.raises(ValueError, match=r"image_aspect_ratio is 'stretch'"):
+        load(tensors)
+    edit(tensors, num_hidden_layers=6)
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.4\..* more"):
+        load(tensors, image_aspect_ratio="pad")
+    edit(tensors, quantization_config={"load_in_4bit": True})
+    with pytest.raises(ValueError, match="quantised weights"):
+        load(tensors)
+    edit(tensors, quantization_config="gone", model_type="llava_mpt")
+    with pytest.raises(ValueError, match=r"'llava_mpt'; accepted: .*llava_qwen"):
+        load(tensors)
+
+
+def test_adapters_and_bases(tmp_path):
+    base = write_base(tmp_path / "a")
+    write_lora(tmp_path / "b", base, old_peft=False)
+    write_projector_only(tmp_path / "c", base)
+    for name, what in (("b", "LoRA adapter"), ("c", "projector without its language model")):
+        with pytest.raises(ValueError, match=rf"is a {what}: give its base \(--model-base\)"):
+            load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"model_base .* is no full checkpoint but a projector"):
+        load(tmp_path / "b", tmp_path / "c")
+    write_original(tmp_path / "x", "v1.5-7b")
+    with pytest.raises(ValueError, match="is a full checkpoint; model_base"):
+        load(tmp_path / "x", tmp_path / "a")
+    # The base of another size: its shapes do not fit.
+    write_original(tmp_path / "y", "v1.6-34b")
+    with pytest.raises(ValueError, match=r"LoRA of model\.layers\.0\..* the base has"):
+        load(tmp_path / "b", tmp_path / "y")
+    settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    write_json(tmp_path / "b" / "adapter_config.json", {**settings, "use_dora": True})
+    with pytest.raises(ValueError, match="use_dora is True"):
+        load(tmp_path / "b", tmp_path / "a")
+    (tmp_path / "b" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
+        load(tmp_path / "b", tmp_path / "a")
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load(tmp_path / "nothing")
+    write_json(tmp_path / "config.json", {"model_type": "llava_llama", **TEXT})
+    with pytest.raises(ValueError, match=r"holds no weights; looked for model\.safetensors"):
+        load(tmp_path)
+    write_json(tmp_path / "config.json", [])
+    with pytest.raises(ValueError, match="holds a JSON list"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="neither a folder here nor to be had from the hub"):
+        load_checkpoint("liuhaotian/llava-v1.5-7b", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
+        ({"model_type": "video_llava"}, "'video_llava' is nested"),
+        ({"text_config": {"model_type": "gemma"}}, "decoder is a 'gemma'"),
+    ],
+)
+def test_nested_configs_that_cannot_be_read(change, message, tmp_path):
+    write_hf(tmp_path / "x", hf_model("llava"), "hub")
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["image_token_index"] == IMAGE_ID
+    edit(tmp_path / "x", **change)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "tpu"}, "accepted: cpu, cuda, mps"),
+        ({"dtype": "int8"}, "give checkpoint, float16"),
+        ({"conv_mode": "vicuna"}, "unknown conversation template"),
+        ({"reduction": "pyramiddrop:layers=[9],ratios=[0.5]"}, "9"),
+        ({"load_8bit": True, "load_4bit": True}, "exclude each other"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, bins):
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(bins, **{"device": "cpu", **options})
