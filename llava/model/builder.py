@@ -11,7 +11,9 @@ said in `Loaded.choices` and logged.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,8 @@ def load_pretrained_model(
     """
     if use_flash_attn:
         options.setdefault("attn_implementation", "flash_attention_2")
-    if "torch_dtype" in options:  # transformers 4's name, which LLaVA's callers use
-        options["dtype"] = options.pop("torch_dtype")
+    # torch_dtype is transformers 4's name, which LLaVA's callers use.
+    options["dtype"] = options.pop("torch_dtype", options.get("dtype"))
     loaded = load_checkpoint(
         model_path,
         model_base,
@@ -104,7 +106,7 @@ def load_checkpoint(
     device_map: Any = "auto",
     device: str | torch.device | None = None,
     reduction: Any = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = "checkpoint",
     attn_implementation: str | None = None,
     vision_tower: str | Path | None = None,
     image_aspect_ratio: str | None = None,
@@ -115,8 +117,9 @@ def load_checkpoint(
     """Load a checkpoint of any layout; see docs/Checkpoints.md.
 
     model_path: a folder, or a hub id. model_base: what a LoRA or projector-only folder was trained
-    over. device_map: "auto" counts on CUDA or with max_memory; a dict always. dtype: None is
-    float16 on CUDA and MPS and float32 on the CPU; "checkpoint" the checkpoint's; or a dtype.
+    over. device_map: "auto" counts on CUDA or with max_memory; a dict always. dtype: the
+    checkpoint's, a dtype or its name, or None, LLaVA's rule: float16 on CUDA and MPS, float32 on
+    the CPU (`load_pretrained_model`'s default).
     reduction, vision_tower, image_aspect_ratio, conv_mode: replace the checkpoint's.
     offload_folder: for weights that device_map puts on "disk" (default: a temporary folder).
     ValueError, by name, for whatever is missing, damaged or contradictory.
@@ -306,14 +309,17 @@ def _quantisation(load_8bit: bool, load_4bit: bool, device: torch.device) -> Any
 def _load(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
     """The model through transformers' loader; every weight comes from `parts`."""
     on_disk = isinstance(options["device_map"], dict) and "disk" in options["device_map"].values()
+    temporary = None
     if options["offload_folder"] is None and (on_disk or options["max_memory"] is not None):
-        options["offload_folder"] = tempfile.mkdtemp(prefix="llava-offload-")
+        temporary = options["offload_folder"] = tempfile.mkdtemp(prefix="llava-offload-")
     options = {key: value for key, value in options.items() if value is not None}
     model, report = family.from_pretrained(
         None, config=config, state_dict=parts.weights, output_loading_info=True, **options
     )
     gaps = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
     assert not gaps, f"checked before, and yet {gaps}"
+    if temporary is not None:
+        weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
     settings = parts.folders[0] / "generation_config.json"
     if settings.is_file():
         model.generation_config = _generation_config(settings)

@@ -63,6 +63,17 @@ class LlavaMetaModel:
         tower = getattr(self, "vision_tower", None)
         return tower[0] if isinstance(tower, list) else tower
 
+    def newline(self) -> Tensor | None:
+        """The newline embedding [D], or None. It is a parameter of the decoder itself, which is not
+        being called while pictures are spliced: offloaded, it is fetched through the hook."""
+        newline = getattr(self, "image_newline", None)
+        if newline is None or not (newline.is_meta and hasattr(self, "_hf_hook")):
+            return newline
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self):
+            return self.image_newline.detach().clone()
+
     def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
         """Give the model a tower and a projector, as LLaVA's training does.
 
@@ -221,7 +232,7 @@ class LlavaMetaForCausalLM:
         text = self.get_model().embed_tokens(input_ids.clamp_min(0))
         tiles = self._tiles(images, input_ids.device)
         patches = None if tiles is None else self.encode_images(tiles)
-        newline = getattr(self.get_model(), "image_newline", None)
+        newline = self.get_model().newline()
         sequence = embed_splice(plan, text, patches, newline)
         sequence.inputs["seed"] = sample_seeds(plan, tiles, input_ids.device)
         return sequence, plan

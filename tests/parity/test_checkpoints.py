@@ -57,7 +57,7 @@ def equal(one: torch.Tensor, two: torch.Tensor, tolerance: float = 1e-5) -> None
 def test_original_checkpoints(name, tmp_path):
     # The folder's name says nothing; no rule may read it.
     reference = write_original(tmp_path / "x", name)
-    loaded = load_checkpoint(tmp_path / "x", device="cpu")
+    loaded = load_checkpoint(tmp_path / "x", device="cpu", dtype=None)
     assert loaded.unused == ()
     assert loaded.choices.template.value == TEMPLATES[name]
     anyres = "v1.6" in name
@@ -77,7 +77,7 @@ def test_original_checkpoints(name, tmp_path):
 def test_llava_hf(kind, spelling, tmp_path):
     theirs = hf_model(kind, "mistral" if spelling == "hub" else "llama")
     write_hf(tmp_path / "x", theirs, spelling, "bin" if spelling == "hub" else "safetensors")
-    loaded = load_checkpoint(tmp_path / "x", device="cpu")
+    loaded = load_checkpoint(tmp_path / "x", device="cpu", dtype=None)
     anyres = kind == "llava_next"
     assert loaded.unused == ()
     assert loaded.choices.image_mode.value == ("anyres" if anyres else "pad")
@@ -110,7 +110,7 @@ def test_the_legacy_signature(tmp_path):
 def test_a_projector_over_its_base(prefix, tmp_path):
     base = write_base(tmp_path / "a")
     reference = write_projector_only(tmp_path / "b", base, prefix)
-    loaded = load_checkpoint(tmp_path / "b", tmp_path / "a", device="cpu")
+    loaded = load_checkpoint(tmp_path / "b", tmp_path / "a", device="cpu", dtype=None)
     assert loaded.unused == ()
     with torch.no_grad():
         equal(loaded.model(**inputs(False)).logits, reference(**inputs(False)).logits, 0)
@@ -120,7 +120,7 @@ def test_a_projector_over_its_base(prefix, tmp_path):
 def test_a_lora_run_over_its_base(old_peft, tmp_path):
     base = write_base(tmp_path / "a")
     reference = write_lora(tmp_path / "b", base, old_peft)
-    loaded = load_checkpoint(tmp_path / "b", tmp_path / "a", device="cpu")
+    loaded = load_checkpoint(tmp_path / "b", tmp_path / "a", device="cpu", dtype=None)
     assert loaded.unused == ()
     with torch.no_grad():
         without = load_checkpoint_of_base(tmp_path, base)(**inputs(False)).logits
@@ -132,7 +132,7 @@ def test_a_lora_run_over_its_base(old_peft, tmp_path):
 def load_checkpoint_of_base(tmp_path, base):
     """The same projector and tower over the base without the adapter."""
     write_projector_only(tmp_path / "c", base)
-    return load_checkpoint(tmp_path / "c", tmp_path / "a", device="cpu").model
+    return load_checkpoint(tmp_path / "c", tmp_path / "a", device="cpu", dtype=None).model
 
 
 @pytest.mark.parametrize("where", ["beside", "inside", "inside, last layer left out"])
@@ -155,7 +155,7 @@ def test_siglip_towers(where, tmp_path):
         for file in (tmp_path / "x").glob("pytorch_model*"):
             file.unlink()
         write_weights(tmp_path / "x", own)
-    loaded = load_checkpoint(tmp_path / "x", device="cpu")
+    loaded = load_checkpoint(tmp_path / "x", device="cpu", dtype=None)
     assert loaded.unused == ()
     given = inputs(False)
     pixels = given["images"][0][None]

@@ -28,7 +28,7 @@ from llava.model.builder import load_checkpoint
 
 
 def load(folder: Path, *arguments: Any, **options: Any) -> Any:
-    return load_checkpoint(folder, *arguments, device="cpu", **options)
+    return load_checkpoint(folder, *arguments, **{"device": "cpu", **options})
 
 
 def edit(folder: Path, **changes: Any) -> None:
