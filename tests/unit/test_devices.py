@@ -101,7 +101,8 @@ def test_an_automatic_map_under_a_memory_limit(room, tmp_path):
 def test_a_second_device_behind_a_boundary(plan, boundary, tmp_path):
     """The meta device stands for a second card: whatever stays behind on the first one when the
     hidden states cross over ends in an error. (A layer behind the boundary cannot score tokens in
-    front of it here, because nothing comes back from the meta device.)"""
+    front of it here, and no stage may begin there in decoding, because nothing comes back from the
+    meta device; on a real one both copies are made.)"""
     write_original(tmp_path / "x", "v1.6-vicuna-7b")
     model = load(tmp_path / "x", dtype=None).model
     behind = [*model.model.layers[boundary:], model.model.norm, model.lm_head]
@@ -110,6 +111,7 @@ def test_a_second_device_behind_a_boundary(plan, boundary, tmp_path):
         add_hook_to_module(module.to("meta"), hook)
     with torch.no_grad():
         out = model(**inputs(), reduction=plan, use_cache=True)
-        step = model(torch.tensor([[5], [6]]), past_key_values=out.past_key_values)
-    assert out.logits.device.type == step.logits.device.type == "meta"
-    assert step.logits.shape == (2, 1, 512)
+        assert out.logits.device.type == "meta"
+        if all(stage.start <= boundary for stage in out.past_key_values.stages):
+            step = model(torch.tensor([[5], [6]]), past_key_values=out.past_key_values)
+            assert step.logits.device.type == "meta"
