@@ -29,19 +29,21 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX
 
 Kind = Literal["left", "right", "packed"]
-Per = Literal["image", "sample"]
+Per = Literal["tile", "image", "sample"]
 KINDS: tuple[str, ...] = ("left", "right", "packed")
-PER: tuple[str, ...] = ("image", "sample")  # from fine to coarse
+PER: tuple[str, ...] = ("tile", "image", "sample")  # from fine to coarse
 
 
 @dataclass(frozen=True)
 class Group:
-    """A run of visual tokens that is ranked together.
+    """Visual tokens that are ranked together.
 
     sample: index of the sample in the batch. image: index of the picture within the sample, -1 when
     the pictures of a sample were joined. count: tokens that are left. original: tokens before any
     cut. protected: tokens that must stay, because the token behind them is supervised (in the
-    `plain` template the last image token predicts the first word of the caption).
+    `plain` template the last image token predicts the first word of the caption). tile: index of
+    the tile within the picture, -1 when its tiles were joined; the rows of the tiles of an anyres
+    picture alternate in the sequence.
     """
 
     sample: int
@@ -49,13 +51,15 @@ class Group:
     count: int
     original: int
     protected: int = 0
+    tile: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
     """What the host knows about a batch.
 
-    lengths: real tokens of each sample. groups: visual runs in the order of the sequence.
+    lengths: real tokens of each sample. groups: visual tokens that compete, in the order of their
+    first token; before any cut one a tile.
     queries: scoring rows of each sample. kind: where the padding is, or "packed". targets: rows of
     each sample whose next token is supervised, () without labels; no cut removes one.
     texts: (name, tokens of each sample) of the texts in `TokenSequence.inputs`; 0 = it has none.
@@ -105,27 +109,22 @@ class Layout:
         return tuple(counts)
 
     def coarsen(self, per: Per) -> tuple[Layout, tuple[int, ...]]:
-        """Join the groups that compete under `per`; also the new index of each old group."""
-        if per == "image":
+        """Join the groups that compete under `per`; also the new index of each old group.
+
+        Groups that are joined already stay so.
+        """
+        if per == "tile":
             return self, tuple(range(len(self.groups)))
-        merged: dict[int, Group] = {}
+        merged: dict[tuple[int, int], Group] = {}
+        keys = []
         for group in self.groups:
-            old = merged.get(group.sample)
-            merged[group.sample] = (
-                replace(group, image=-1)
-                if old is None
-                else replace(
-                    old,
-                    count=old.count + group.count,
-                    original=old.original + group.original,
-                    protected=old.protected + group.protected,
-                )
-            )
-        index = {sample: i for i, sample in enumerate(merged)}
-        return (
-            replace(self, groups=tuple(merged.values())),
-            tuple(index[group.sample] for group in self.groups),
-        )
+            joined = replace(group, tile=-1, image=group.image if per == "image" else -1)
+            key = (joined.sample, joined.image)
+            keys.append(key)
+            old = merged.get(key)
+            merged[key] = joined if old is None else _joined(old, joined)
+        index = {key: number for number, key in enumerate(merged)}
+        return replace(self, groups=tuple(merged.values())), tuple(index[key] for key in keys)
 
     def after(self, budgets: Sequence[int]) -> Layout:
         """The layout once every group is cut to its budget."""
@@ -189,6 +188,15 @@ class Layout:
         place = np.arange(layout.width) - (layout.width - np.array(lengths)[:, None])
         column = place + (self.width - np.array(self.lengths)[:, None])
         return layout, np.where(place < 0, 0, column)
+
+
+def _joined(one: Group, other: Group) -> Group:
+    return replace(
+        one,
+        count=one.count + other.count,
+        original=one.original + other.original,
+        protected=one.protected + other.protected,
+    )
 
 
 # Columns of `TokenSequence.facts`, and the values they have at padding.

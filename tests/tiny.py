@@ -76,6 +76,7 @@ PLANS: dict[str, ReductionPlan] = {
         "simignore:ratio=0.7,text=all+fastv:k=2,r=0.5"
         "+pyramiddrop:layers=[4],ratios=[0.2],per=sample,rope=False,positions=original"
     ),
+    "adaptprune": ReductionPlan.parse("adaptprune:k=2,keep=0.4,sigma_s=0.4"),
     "all dropped": ReductionPlan((Cut(2, PyramidDrop(0.4)), Cut(4, PyramidDrop(0.0)))),
 }
 

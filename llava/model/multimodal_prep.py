@@ -35,12 +35,14 @@ class Picture:
     source [N]: index of the patch among those of its tiles, or NEWLINE. cell [N, 2]: (row, column);
     of an anyres picture the whole-image tile comes first and the tile field stands below it.
     grid [N]: the field of cells a token lies in: its tile where tiles are not joined; of an anyres
-    picture 0 is the whole image and 1 the tile field. patches: patches of all its tiles.
+    picture 0 is the whole image and 1 the tile field. tile [N]: the tile a token comes from; a
+    newline goes with the tile in front of it. patches: patches of all its tiles.
     """
 
     source: np.ndarray
     cell: np.ndarray
     grid: np.ndarray
+    tile: np.ndarray
     patches: int
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ def picture_tokens(
         within = np.maximum(index % patches_per_tile - extra, 0)
         tile = index // patches_per_tile
         cell = np.stack([tile * side + within // side, within % side], 1)
-        return Picture(index, cell, tile, len(index))
+        return Picture(index, cell, tile, tile, len(index))
     if patches_per_tile != side * side:
         raise ValueError(
             f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'; a class token "
@@ -87,7 +89,8 @@ def picture_tokens(
         source = np.append(base, NEWLINE) if unpad else base.ravel()
         cell = _cells(side, side, 0)
         cell = np.vstack([cell, [[side - 1, side]]]) if unpad else cell
-        return Picture(source, cell, np.zeros_like(source), len(index))
+        zero = np.zeros_like(source)
+        return Picture(source, cell, zero, zero, len(index))
     if getattr(config, "image_aspect_ratio", None) != "anyres" or size is None:
         raise ValueError(
             f"a picture of {count} tiles needs image_aspect_ratio 'anyres' and its image size; got "
@@ -101,15 +104,17 @@ def picture_tokens(
         )
     field = index[side * side :].reshape(down, across, side, side)
     field = field.transpose(0, 2, 1, 3).reshape(down * side, across * side)
+    tile = field // (side * side)
     if unpad:
         rounding = getattr(config, "mm_unpad_rounding", None) or "llava"
         rows, columns = unpad_slices(size, field.shape, rounding)
-        field = field[rows, columns]
-        field = np.pad(field, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        field = np.pad(field[rows, columns], ((0, 0), (0, 1)), constant_values=NEWLINE)
+        tile = np.pad(tile[rows, columns], ((0, 0), (0, 1)), mode="edge")
     return Picture(
         np.concatenate([base.ravel(), field.ravel()]),
         np.vstack([_cells(side, side, 0), _cells(*field.shape, side)]),
         np.repeat([0, 1], [base.size, field.size]),
+        np.concatenate([np.zeros(base.size, dtype=tile.dtype), tile.ravel()]),
         len(index),
     )
 
@@ -271,11 +276,14 @@ def splice(
             picture = pictures[number]
             is_newline = picture.source == NEWLINE
             source.append(np.where(is_newline, newline, first_patch[number] + picture.source))
-            group = np.full(len(picture), len(groups))
-            cell.append(np.column_stack([picture.grid + grids, group, picture.cell]))
+            tiles, rank, counts = np.unique(picture.tile, return_inverse=True, return_counts=True)
+            cell.append(np.column_stack([picture.grid + grids, rank + len(groups), picture.cell]))
             grids += int(picture.grid.max(initial=-1)) + 1
             label.append(np.full(len(picture), IGNORE_INDEX))
-            groups.append(Group(b, piece, len(picture), len(picture)))
+            groups += [
+                Group(b, piece, int(count), int(count), tile=int(tile))
+                for tile, count in zip(tiles, counts, strict=True)
+            ]
         sample = {"source": np.concatenate(source), "cell": np.concatenate(cell)}
         sample["label"] = np.concatenate(label)
         samples.append(sample)
@@ -334,10 +342,7 @@ def _pack(
         targets.append(int(is_target.sum()))
         order = np.arange(len(label))
         rows.append(np.column_stack([sample["source"], order, order, target, query, cell]))
-    groups = [
-        Group(group.sample, group.image, group.count, group.original, protected[index])
-        for index, group in enumerate(groups)
-    ]
+    groups = [replace(group, protected=protected[index]) for index, group in enumerate(groups)]
     layout = Layout(
         lengths, tuple(groups), tuple(queries), kind, tuple(targets) if supervised else ()
     )

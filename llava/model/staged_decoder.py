@@ -329,6 +329,8 @@ class StagedModelMixin:
         mix = score = None
         if record.replay:
             keep_GN = record.replay[len(record.cuts)]
+        elif valid_GN.numel() == 0:  # no picture, or nothing left of them: no choice to make
+            keep_GN = valid_GN
         else:
             protected = torch.zeros_like(valid_GN)
             if any(group.protected for group in before.groups):

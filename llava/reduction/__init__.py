@@ -4,6 +4,7 @@ A new method is one file here, one line in `plan.REDUCERS`, a section in docs/Re
 test against recorded numbers.
 """
 
+from llava.reduction.adaptprune import AdaptPrune
 from llava.reduction.base import LayerProgram, Reducer, Selection, SideText, Signal, View
 from llava.reduction.baselines import Random, Uniform
 from llava.reduction.fastv import FastV
@@ -22,6 +23,7 @@ from llava.reduction.simignore import Simignore
 __all__ = [
     "CONFIG_KEY",
     "REDUCERS",
+    "AdaptPrune",
     "Cut",
     "FastV",
     "LayerProgram",

@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from llava.reduction.adaptprune import AdaptPrune
 from llava.reduction.base import LayerProgram, Reducer, Signal
 from llava.reduction.baselines import Random, Uniform
 from llava.reduction.fastv import FastV
@@ -38,6 +39,7 @@ REDUCERS: dict[str, Any] = {
     "uniform": Uniform,
     "fastv": FastV,
     "simignore": Simignore,
+    "adaptprune": AdaptPrune,
 }
 
 

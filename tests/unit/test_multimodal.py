@@ -15,7 +15,7 @@ from llava.model import LlavaLlamaForCausalLM, LlavaLlamaForCausalLM_PDrop
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import processor_for
-from llava.model.multimodal_prep import NEWLINE, assign_pictures, picture_tokens
+from llava.model.multimodal_prep import NEWLINE, assign_pictures, picture_tokens, splice
 from llava.model.multimodal_projector.builder import build_vision_projector
 
 
@@ -46,6 +46,7 @@ def test_tokens_of_an_anyres_picture():
     assert picture.source.tolist() == [0, 1, 2, 3, *field]
     assert picture.cell.tolist()[4:9] == [[2, 0], [2, 1], [2, 2], [2, 3], [2, 4]]
     assert picture.grid.tolist() == [0] * 4 + [1] * 10
+    assert picture.tile.tolist() == [0] * 4 + [1, 1, 2, 2, 2] * 2
     joined = geometry(3, (56, 28), **{**ANYRES, "mm_patch_merge_type": "spatial"})
     assert joined.source.tolist()[4:] == [n for n in field if n != NEWLINE]
     assert np.all(geometry(3, (56, 28), **{**ANYRES, "mm_patch_merge_type": "flat"}).source < 12)
@@ -78,6 +79,25 @@ def test_grids_are_numbered_through_a_sample():
     sequence = tiny_model().build_sequence(**batch(prompts()))
     assert sequence.grid[2].unique().tolist() == [-1, 0, 1]
     assert ((sequence.grid >= 0) == (sequence.cell[..., 0] >= 0)).all()
+
+
+def test_tiles_compete_apart_until_they_are_joined():
+    """Rows of tiles alternate in the sequence; a group is a tile, then a picture, then a sample."""
+    pictures = [geometry(3, (56, 28), **ANYRES), geometry(None)]
+    ids = np.array([[5, -200, 6, -200, 7], [5, 6, 7, 8, 9]])
+    layout = splice(ids, np.ones_like(ids, dtype=bool), None, pictures, "left", None).layout
+    assert [(g.sample, g.image, g.tile, g.count) for g in layout.groups] == [
+        (0, 0, 0, 4), (0, 0, 1, 4), (0, 0, 2, 6), (0, 1, 0, 4)
+    ]  # fmt: skip
+    assert layout.coarsen("tile") == (layout, (0, 1, 2, 3))
+    images, regroup = layout.coarsen("image")
+    assert [(g.image, g.tile, g.count) for g in images.groups] == [(0, -1, 14), (1, -1, 4)]
+    assert regroup == (0, 0, 0, 1)
+    assert images.coarsen("image") == (images, (0, 1))
+    samples, regroup = images.coarsen("sample")
+    assert [(g.image, g.original) for g in samples.groups] == [(-1, 18)]
+    assert regroup == (0, 0)
+    assert layout.coarsen("sample")[0] == samples
 
 
 def test_bad_batches_are_named():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava.reduction import (
+    AdaptPrune,
     Cut,
     FastV,
     PyramidDrop,
@@ -37,6 +38,8 @@ PAPER = ReductionPlan.pyramid([8, 16, 24], [0.5, 0.25, 0.125])
         ReductionPlan((Cut(1, Random(0.25)), Cut(3, Random(0.5)))),
         ReductionPlan((Cut(2, FastV(r=0.5)),), positions="original"),
         ReductionPlan((Cut(2, FastV(keep=144, per="image")),), positions="renumber"),
+        ReductionPlan((Cut(2, AdaptPrune(0.1, sigma_c=12.0)),), positions="original"),
+        ReductionPlan((Cut(3, AdaptPrune(57, key_source="normed", distance=2)),), "original"),
     ],
 )
 def test_round_trips(plan, tmp_path):
@@ -144,6 +147,18 @@ def test_bad_lists_are_named(layers, ratios, named):
         ("fastv:k=0,r=0.5", "layer -1"),
         ("fastv:k=two,r=0.5", "'two'"),
         ("fastv:k=2,r=0.5+other:x=1", "'other'"),
+        ("adaptprune:k=2", "keep"),
+        ("adaptprune:k=0,keep=0.5", "layer -1"),
+        ("adaptprune:k=2,keep=1.5", "kept share 1.5"),
+        ("adaptprune:k=2,keep=-3", "keep -3"),
+        ("adaptprune:k=2,keep=0.5,sigma_c=0", "sigma_c 0"),
+        ("adaptprune:k=2,keep=0.5,sigma_d=-1.5", "sigma_d -1.5"),
+        ("adaptprune:k=2,keep=0.5,sigma_s=None", "sigma_s None"),
+        ("adaptprune:k=2,keep=0.5,sigma_s=1e999", "sigma_s inf"),
+        ("adaptprune:k=2,keep=0.5,distance=-1", "distance -1"),
+        ("adaptprune:k=2,keep=0.5,key_source=rotated", "raw, normed"),
+        ("adaptprune:k=2,keep=0.5,per=image", "per"),
+        ("random:layers=[1],ratios=[0.5]+adaptprune:k=2,keep=0.5,positions=original", "coarser"),
         ("random:layers=[1],ratios=[0.5]+fastv:k=2,r=0.5", "positions=original"),
         ("fastv:k=2,r=0.5,positions=original+fastv:k=3,r=0.7,positions=renumber", "give one"),
         ("uniform:layers=[8],ratios=[0.5],positions=kept", "kept"),
@@ -189,8 +204,11 @@ def test_a_count_above_what_is_there_is_refused():
     # What an earlier cut took away is no mistake of the count.
     text = "random:layers=[1],ratios=[0.5],per=sample+fastv:k=2,keep=6,positions=original"
     assert [s.visual for s in ReductionPlan.parse(text).schedule(layout, 4)] == [(8,), (4,), (4,)]
-    with pytest.raises(ValueError, match="layer 4 does not fit a model of 4 layers"):
-        ReductionPlan.parse("fastv:k=4,r=0.5").schedule(layout, 4)
+    with pytest.raises(ValueError, match="keep=9 is above the 8 visual tokens of a tile"):
+        ReductionPlan.parse("adaptprune:k=2,keep=9").schedule(layout, 4)
+    for text in ("fastv:k=4,r=0.5", "adaptprune:k=4,keep=0.5"):
+        with pytest.raises(ValueError, match="layer 4 does not fit a model of 4 layers"):
+            ReductionPlan.parse(text).schedule(layout, 4)
 
 
 def test_fastv_rounds_half_to_even_over_the_whole_sample():
