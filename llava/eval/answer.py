@@ -152,6 +152,7 @@ class _Run:
                 attention_mask=batch["attention_mask"],
                 images=batch["images"],
                 image_sizes=batch["image_sizes"],
+                texts=batch["texts"],
                 reduction=self.plan,
                 pad_token_id=pad_token_id(self.tokenizer),
                 **self.decoding.generate_kwargs(),

@@ -121,6 +121,7 @@ class Checkpoint:
             batch["input_ids"],
             list(batch["images"]),
             mask=batch["attention_mask"],
+            texts=batch["texts"],
             new_tokens=new_tokens,
         )
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.staged_decoder import Record, upload_facts
+from llava.model.staged_decoder import Record, replan, upload_facts, with_embeds
+from llava.prompting import TEXTS
 from llava.reduction import ReductionPlan, StageFacts, flops
+from llava.reduction.base import counts_known
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.reduction.flops import ModelShape, Preset
 from llava.sequence import Layout, TokenSequence
@@ -49,8 +51,9 @@ class Workload:
     """A model and one batch of questions.
 
     ids: [B, L] with IMAGE_TOKEN_INDEX at each picture. images: list of [3, H, W] or
-    [tiles, 3, H, W]. mask: [B, L], padding on the left, or None for none. new_tokens: decode steps
-    in one run. targets: tokens at the end of each sample that a training step supervises.
+    [tiles, 3, H, W]. mask: [B, L], padding on the left, or None for none. texts: as `prepare_batch`
+    gives them, for methods that compare with words. new_tokens: decode steps in one run. targets:
+    tokens at the end of each sample that a training step supervises.
     """
 
     model: Any
@@ -58,6 +61,7 @@ class Workload:
     ids: Tensor
     images: list[Tensor]
     mask: Tensor | None = None
+    texts: dict[str, Tensor] | None = None
     new_tokens: int = 16
     targets: int = 16
 
@@ -73,7 +77,9 @@ class Workload:
     def sequence(self) -> TokenSequence:
         """The batch embedded, pictures and all, left-padded."""
         with torch.inference_mode():
-            return self.model.build_sequence(self.ids, self.mask, images=self.images, kind="left")
+            return self.model.build_sequence(
+                self.ids, self.mask, images=self.images, kind="left", texts=self.texts
+            )
 
     def labels(self) -> Tensor:
         """Labels [B, L] of the last `targets` ids."""
@@ -149,6 +155,7 @@ def build_workload(
         shape,
         torch.cat([before, marks, after], 1),
         images,
+        texts=dict.fromkeys(TEXTS, after),  # what stands behind the picture is the question
         new_tokens=preset.new_tokens,
         targets=max(1, preset.text_after // 2),
     )
@@ -253,23 +260,26 @@ def selection_region(work: Workload, plan: ReductionPlan) -> Region:
     """
     base = work.sequence()
     decoder = work.model.get_model()
-    stages = plan.schedule(base.layout, work.shape.layers)
     prefill = prefill_region(work, plan)
     cache = prefill.run(prefill.prepare()).past_key_values
 
     @torch.inference_mode()
     def run(sequence: TokenSequence) -> None:
+        sequence = with_embeds(sequence, plan)
+        stages = plan.schedule(sequence.layout, work.shape.layers)
         facts = upload_facts(stages, work.device)
         rotary = decoder.rotary_emb(sequence.hidden, position_ids=sequence.position)
-        for number, stage in enumerate(stages):
-            if stage.cut is None:
-                continue
+        for number in range(1, len(stages)):
+            stage = stages[number]
             measured = {}
             if any(signal.offset == -1 for signal in stage.cut.reducer.signals):
                 measured = decoder._measure(stage.cut, -1, sequence, rotary, cache)
             sequence, choice = decoder._choose(
                 sequence, stage, facts[number], rotary, measured, Record()
             )
+            if not counts_known(stage.cut.reducer):
+                stages = replan(plan, stages, number, choice)
+                stage, facts = stages[number], upload_facts(stages, work.device)
             sequence = decoder.pdrop_rank_drop(sequence, choice, stage, facts[number], plan)
             rotary = decoder.rotary_emb(sequence.hidden, position_ids=sequence.position)
 
@@ -299,6 +309,7 @@ def train_region(work: Workload, plan: ReductionPlan) -> Region:
             work.mask,
             labels=labels,
             images=work.images,
+            texts=work.texts,
             reduction=plan,
             logits_to_keep="targets",
         )

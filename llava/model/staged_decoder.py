@@ -228,7 +228,6 @@ class StagedModelMixin:
         right in front of `layers` wants of the layer before it.
         """
         sequence = replace(sequence)  # the caller's object stays as it is
-        uncut, counts = stages[0].layout, dict[int, list[int]]()
         facts = upload_facts(stages, sequence.facts.device)
         rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
         measured = measured or {}
@@ -240,8 +239,7 @@ class StagedModelMixin:
                     sequence, stages[number], facts[number], rotary, measured, record
                 )
                 if not counts_known(cut.reducer):
-                    counts[number] = choice.keep.sum(1).tolist()  # the one documented host read
-                    stages = plan.schedule(uncut, len(self.layers), counts)
+                    stages = replan(plan, stages, number, choice)
                     facts = upload_facts(stages, sequence.facts.device)
                 sequence = self.pdrop_rank_drop(
                     sequence, choice, stages[number], facts[number], plan
@@ -599,6 +597,16 @@ class Choice:
 
     order: Tensor
     keep: Tensor
+
+
+def replan(
+    plan: ReductionPlan, stages: tuple[StageFacts, ...], number: int, choice: Choice
+) -> tuple[StageFacts, ...]:
+    """The stages, given what the cut in front of stage `number` has really left: the one documented
+    host read, for a method that may keep fewer tokens than its budget."""
+    counts = {earlier: stages[earlier].budgets for earlier in range(1, number)}
+    counts[number] = tuple(choice.keep.sum(1).tolist())
+    return plan.schedule(stages[0].layout, stages[-1].stop, counts)
 
 
 def with_embeds(sequence: TokenSequence, plan: ReductionPlan) -> TokenSequence:
