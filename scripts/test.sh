@@ -15,7 +15,7 @@ if [ "${1:-}" = --install-only ]; then
   shift
 fi
 
-setup_env dev,train,eval,serve,deepspeed
+setup_env dev,train,eval,deepspeed
 [ "$INSTALL_ONLY" = 1 ] && exit 0
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

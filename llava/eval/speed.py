@@ -13,6 +13,7 @@ attention backend, in turn (`llava.timing`).
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from llava.utils import environment, get_logger, json_dump, set_seed, user_error
 
 log = get_logger(__name__)
 PARTS = ("vision", "prefill", "decode", "train")
+WHOLE_RUNS = {"train": "llava.eval.train_speed"}
+"""``llava bench NAME ...``: benchmarks of more than one pass, each with flags of its own."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -532,6 +535,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava bench",
         description="Measured speed of a reduction plan beside its ideal. Random weights.",
+        epilog=f"further benchmarks: llava bench {' | '.join(WHOLE_RUNS)} (--help for each)",
     )
     parser.add_argument("--preset", default="cpu-512", help=", ".join(flops.PRESETS))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -596,7 +600,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """``llava bench``: see the module's docstring."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in WHOLE_RUNS:
+        importlib.import_module(WHOLE_RUNS[words[0]]).main(words[1:])
+        return
+    args = build_parser().parse_args(words)
     result = bench(args)
     sys.stdout.write(format_result(result) + "\n")
     if args.json:
