@@ -12,6 +12,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "LlavaForConditionalGeneration": "llava.model.hf_models",
+    "LlavaNextForConditionalGeneration": "llava.model.hf_models",
     "LlavaLlamaForCausalLM": "llava.model",
     "LlavaMistralForCausalLM": "llava.model",
     "LlavaQwen2ForCausalLM": "llava.model",

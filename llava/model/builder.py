@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
-from llava.reduction.plan import CONFIG_KEY, ReductionPlan, resolve_plan
+from llava.reduction.plan import CONFIG_KEY, FASTV_KEY, ReductionPlan, resolve_plan
 from llava.utils import get_logger
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -113,6 +114,7 @@ def load_checkpoint(
     conv_mode: str | None = None,
     max_memory: dict[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
+    adapt: Callable[[Any], Any] | None = None,
 ) -> Loaded:
     """Load a checkpoint of any layout; see docs/Checkpoints.md.
 
@@ -122,6 +124,7 @@ def load_checkpoint(
     the CPU (`load_pretrained_model`'s default).
     reduction, vision_tower, image_aspect_ratio, conv_mode: replace the checkpoint's.
     offload_folder: for weights that device_map puts on "disk" (default: a temporary folder).
+    adapt: from the model class to a subclass of it that is made instead.
     ValueError, by name, for whatever is missing, damaged or contradictory.
     """
     place = pick_device(device)
@@ -142,6 +145,7 @@ def load_checkpoint(
         plan=_plan(config, reduction, parts),
     )
     family = FAMILIES[parts.config["model_type"]][1]
+    family = family if adapt is None else adapt(family)
     with torch.device("meta"):
         unused = check_weights(parts.weights, family(config), str(folder))
     if unused:
@@ -199,6 +203,8 @@ def _plan(config: Any, reduction: Any, parts: Parts) -> Choice:
     """Settle the plan and write it into the config."""
     if reduction is not None:
         setattr(config, CONFIG_KEY, ReductionPlan.parse(reduction).to_dict())
+        if getattr(config, FASTV_KEY, None) is not None:
+            setattr(config, FASTV_KEY, None)
     plan, source = resolve_plan(None, config)
     plan.validate(config.num_hidden_layers)
     pyramid = "LlavaLlamaForCausalLM_PDrop" in (parts.config.get("architectures") or ())

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from llava.model.multimodal_encoder.builder import vision_config
+from llava.reduction.plan import FASTV_KEY
 
 # model_type of a decoder -> model_type of LLaVA over it (keys of `builder.FAMILIES`).
 DECODERS = {
@@ -88,5 +89,7 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         flat["mm_patch_merge_type"] = "spatial_unpad"
         flat["mm_unpad_rounding"] = "transformers"  # LLaVA truncates where transformers rounds
         flat["image_grid_pinpoints"] = [[w, h] for h, w in config.image_grid_pinpoints]
+    if raw.get(FASTV_KEY) is not None:
+        flat[FASTV_KEY] = raw[FASTV_KEY]
     carried = raw.get("llava") or {}
     return {**flat, **{key: carried[key] for key in CARRIED if key in carried}}

@@ -30,6 +30,7 @@ from llava.reduction.simignore import Simignore
 from llava.sequence import PER, Layout
 
 CONFIG_KEY = "visual_token_reduction"
+FASTV_KEY = "fastv_config"
 POSITIONS: tuple[str, ...] = ("renumber", "original")
 # The methods. A class here reads and writes its text form (`llava.reduction.forms`) and is a
 # Reducer; a layer program that should be written with a plan stands here too.
@@ -334,13 +335,45 @@ class ReductionPlan:
 
 def resolve_plan(flag: Any, config: Any) -> tuple[ReductionPlan, str]:
     """Which plan wins and where it came from: the flag's ("flag"), else the checkpoint's
-    ("checkpoint"), else none ("default"). config: a model config or None."""
+    ("checkpoint") or the config's `fastv_config` ("fastv_config"), else none ("default"). config: a
+    model config or None. ValueError when the config has both."""
     if flag is not None:
         return ReductionPlan.parse(flag), "flag"
     stored = getattr(config, CONFIG_KEY, None)
+    fastv = getattr(config, FASTV_KEY, None)
+    text = None if fastv is None else fastv_config_text(fastv)
+    if stored is not None and text is not None:
+        raise ValueError(f"the config has both {CONFIG_KEY} and {FASTV_KEY}; set one to None")
     if stored is not None:
         return ReductionPlan.parse(stored), "checkpoint"
+    if text is not None:
+        return ReductionPlan.parse(text), FASTV_KEY
     return ReductionPlan(), "default"
+
+
+def fastv_config_text(settings: Any) -> str | None:
+    """The plan that FastV's `fastv_config` dict means; None when `use_fastv` is off.
+
+    Keys: use_fastv (default True), fastv_k, fastv_r. image_token_start_index and
+    image_token_length are accepted and not needed: where the pictures stand is known. ValueError
+    for other keys or values.
+    """
+    needed, spans = ("fastv_k", "fastv_r"), ("image_token_start_index", "image_token_length")
+    known = ("use_fastv", *needed, *spans)
+    if not isinstance(settings, Mapping) or set(settings) - set(known):
+        raise ValueError(f"{FASTV_KEY} is {settings!r}; accepted: a dict of {', '.join(known)}")
+    if not isinstance(settings.get("use_fastv", True), bool):
+        raise ValueError(f"use_fastv is {settings['use_fastv']!r}; accepted: True, False")
+    for key in spans:
+        value = settings.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{key} is {value!r}; accepted: a number of tokens, or nothing")
+    if not settings.get("use_fastv", True):
+        return None
+    missing = [key for key in needed if settings.get(key) is None]
+    if missing:
+        raise ValueError(f"{FASTV_KEY} {dict(settings)!r} lacks {' and '.join(missing)}")
+    return f"fastv:k={settings['fastv_k']},r={settings['fastv_r']}"
 
 
 def plan_from_flags(

@@ -110,7 +110,10 @@ def test_processor_batches_equal_transformers_and_our_own_marks(anyres, side):
     close(got.logits[real], expected.logits[real])
     last = ours(**expanded, **given, logits_to_keep=1).logits
     close(last[:, 0], got.logits[:, -1])
-    for plan in PLANS.values():
+    # A processor does not say which words are the question.
+    plans = [each for each in PLANS.values() if all(text.name == "all" for text in each.texts)]
+    assert len(plans) > 6
+    for plan in plans:
         one = ours(**expanded, **given, reduction=plan)
         two = ours(**marked, **own, reduction=plan)
         assert torch.equal(one.logits, two.logits)
