@@ -322,6 +322,28 @@ class TokenSequence:
             out._blank_padding(bounds_B2)
         return out
 
+    def extended(self, hidden_BTD: Tensor) -> TokenSequence:
+        """T further text tokens behind each sample, the last of which alone scores. Left-padded or
+        unpadded, uncut sequences. Extra tensors of the new tokens are 0."""
+        layout, count = self.layout, hidden_BTD.shape[1]
+        assert layout.kind == "left" or (layout.kind == "right" and not layout.is_padded)
+        step = torch.arange(1, count + 1, device=self.facts.device)
+        fresh = torch.tensor(BLANK).to(step.device, non_blocking=True)
+        fresh = fresh.repeat(len(layout.lengths), count, 1)
+        fresh[..., POSITION] = self.position[:, -1:] + step
+        fresh[..., ORIGIN] = self.origin[:, -1:] + step
+        facts = torch.cat([self.facts, fresh], 1)
+        facts[..., QUERY] = 0
+        facts[:, -1, QUERY] = 1
+        more = {
+            name: torch.cat([value, value.new_zeros(value.shape[0], count, *value.shape[2:])], 1)
+            for name, value in self.extra.items()
+        }
+        lengths = tuple(length + count for length in layout.lengths)
+        layout = replace(layout, lengths=lengths, queries=(1,) * len(lengths))
+        hidden = torch.cat([self.hidden, hidden_BTD.to(self.hidden)], 1)
+        return replace(self, hidden=hidden, facts=facts, extra=more, layout=layout)
+
     def _map(
         self, tokens: Callable[[Tensor], Tensor], samples: Callable[[Tensor], Tensor]
     ) -> TokenSequence:

@@ -390,6 +390,8 @@ def measure(
         if part not in PARTS:
             raise ValueError(f"part {part!r} is unknown; accepted: {', '.join(PARTS)}")
     plan.validate(work.shape.layers)
+    if plan.rerank:
+        raise ValueError(f"{plan} keeps no cache, so decoding cannot be timed; leave out rerank")
     clock = Clock(work.device)
     machine = None
     if work.device.type == "cuda":

@@ -498,7 +498,8 @@ class LlavaMetaForCausalLM:
         padded on either side; or sequence=, from `build_sequence`. prefix: from `encode_prefix`;
         sequence then holds the questions alone, from `build_suffixes`. With pixel_values, from a
         llava-hf processor, the prompt's ids stand in front of the new tokens, as in transformers.
-        reduction: as in `forward`; it holds for this call alone. Greedy, sampling, beam search,
+        reduction: as in `forward`; it holds for this call alone. A plan with ``rerank=True`` makes
+        its cuts anew for every token and keeps no cache. Greedy, sampling, beam search,
         num_return_sequences and streamers work, for batches. Raises ValueError for what cannot be
         right with layers of different lengths: use_cache=False, a static or quantised cache, a
         cache of the caller, chunked prefill, assisted decoding.
@@ -532,12 +533,14 @@ class LlavaMetaForCausalLM:
             reduction = prefix.plan
         if pixel_values is not None or (self.prompt_in_output and images is None):
             kwargs["input_ids"] = input_ids
+        prompt = kwargs.get("input_ids")
         return super().generate(
             inputs_embeds=sequence.hidden,
             attention_mask=(sequence.origin >= 0).long(),
             sequence=sequence,
             reduction=reduction,
             prefix=prefix,
+            prompt_ids=0 if prompt is None else prompt.shape[1],
             **kwargs,
         )
 
@@ -550,7 +553,10 @@ class LlavaMetaForCausalLM:
             return getattr(config, name, None) if value is None else value
 
         if kwargs.get("use_cache") is False:
-            raise ValueError("use_cache=False is not accepted: generation needs the KV cache")
+            raise ValueError(
+                "use_cache=False is not accepted: generation needs the KV cache; to choose tokens "
+                "anew at every step add rerank=True to the plan"
+            )
         if asked("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size is not accepted: a cut needs the whole prompt")
         if asked("prompt_lookup_num_tokens") is not None or kwargs.get("assistant_model"):
@@ -600,14 +606,22 @@ class LlavaMetaForCausalLM:
         sequence: TokenSequence | None = None,
         reduction: Any = None,
         prefix: Prefix | None = None,  # named for transformers' check; the cache brings it along
+        prompt_ids: int = 0,
         logits_to_keep: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """prompt_ids: how many of `input_ids` [B, n] are the prompt's; the rest are new."""
         shared = {key: value for key, value in kwargs.items() if key.startswith("output_")}
         shared |= {"past_key_values": past_key_values, "use_cache": True}
         shared["logits_to_keep"] = logits_to_keep
         if past_key_values.stages:
             return {**shared, "input_ids": input_ids[:, -(next_sequence_length or 1) :]}
+        if reduction.rerank:
+            # The whole text so far, uncut: the newest token ranks. generate() insists on a cache,
+            # which stays empty here.
+            new = self.get_model().embed_tokens(input_ids[:, prompt_ids:])
+            sequence = sequence.extended(new) if new.shape[1] else sequence
+            shared |= {"past_key_values": None, "use_cache": False}
         return {**shared, "sequence": sequence, "reduction": reduction}
 
 

@@ -206,6 +206,8 @@ def encode_prefix(
         raise ValueError("a prefix is a padded batch without labels")
     if plan.texts:
         raise ValueError(f"{plan} compares with texts of the question; give whole prompts")
+    if plan.rerank:
+        raise ValueError(f"{plan} runs the whole prompt at every token; give whole prompts")
     if (questions is None and rows != 1) or (questions is not None and len(questions) != rows):
         raise ValueError(
             f"{rows} prefixes with questions={questions!r}; give the number of questions of each"

@@ -378,13 +378,17 @@ def cost(preset: Preset, plan: ReductionPlan) -> Cost:
     plan.validate(shape.layers)
     stages = plan.schedule(preset.layout(1), shape.layers)
     vision = tower_flops(shape, preset.tiles) + projector_flops(shape, preset.visual)
+    decode, kept = decode_flops(shape, stages), kv_bytes(shape, stages)
+    if plan.rerank:  # no cache: a step is a prefill of a prompt one token longer
+        longer = replace(preset, text_after=preset.text_after + 1).layout(1)
+        decode, kept = prefill_flops(shape, plan.schedule(longer, shape.layers)), 0
     return Cost(
         plan=str(plan),
         visual_tmacs=mean_visual_macs(shape, stages) / TERA,
         full_tflops=prefill_flops(shape, stages) / TERA,
         vision_tflops=vision / TERA,
-        decode_gflops=decode_flops(shape, stages) / 1e9,
-        kv_mib=kv_bytes(shape, stages) / 2**20,
+        decode_gflops=decode / 1e9,
+        kv_mib=kept / 2**20,
         kept_tokens=[stage.visual[0] for stage in stages],
         lengths=[stage.lengths[0] for stage in stages],
         starts=[stage.start for stage in stages],

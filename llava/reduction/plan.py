@@ -104,14 +104,18 @@ class StageFacts:
 class ReductionPlan:
     """cuts: in the order of the layers. positions: after a cut the tokens count from 0 again
     ("renumber", as PyramidDrop) or keep the positions they had ("original", as FastV).
-    program: how layers run that do not run as usual."""
+    program: how layers run that do not run as usual. rerank: `generate` makes the cuts anew for
+    every token it writes, ranked by the newest one, and keeps no cache: a fidelity mode, slow."""
 
     cuts: tuple[Cut, ...] = ()
     positions: Literal["renumber", "original"] = "renumber"
     program: LayerProgram | None = None
+    rerank: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cuts", tuple(self.cuts))
+        if not isinstance(self.rerank, bool):
+            raise ValueError(f"rerank {self.rerank!r} is not accepted; give True or False")
         if self.positions not in POSITIONS:
             raise ValueError(
                 f"positions {self.positions!r} is unknown; accepted: {', '.join(POSITIONS)}"
@@ -119,6 +123,9 @@ class ReductionPlan:
         for cut in self.cuts:
             if not isinstance(cut, Cut):
                 raise ValueError(f"{cut!r} is no cut; give Cut(layer, method) objects")
+        self._check_order()
+
+    def _check_order(self) -> None:
         for first, second in zip(self.cuts, self.cuts[1:], strict=False):
             if second.at <= first.at:
                 raise ValueError(
@@ -214,6 +221,8 @@ class ReductionPlan:
         """JSON-ready; `from_dict` gives the same plan back. ValueError for a layer program whose
         class is no method of the table."""
         data: dict[str, Any] = {"positions": self.positions}
+        if self.rerank:
+            data["rerank"] = True
         if self.program is not None:
             data["program"] = {"method": _name_of(self.program), **_options_of(self.program)}
         data["cuts"] = [
@@ -224,11 +233,11 @@ class ReductionPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReductionPlan:
         """The plan that `to_dict` wrote. ValueError for unknown keys, methods or values."""
-        unknown = set(data) - {"positions", "cuts", "program"}
+        unknown = set(data) - {*_OF_THE_PLAN, "cuts", "program"}
         if unknown or not isinstance(data.get("cuts", []), list):
             raise ValueError(
-                f"plan {dict(data)!r} is not accepted; keys are 'positions', 'program' and 'cuts' "
-                "(a list)"
+                f"plan {dict(data)!r} is not accepted; keys are 'positions', 'rerank', 'program' "
+                "and 'cuts' (a list)"
             )
         cuts = []
         for entry in data.get("cuts", []):
@@ -240,8 +249,8 @@ class ReductionPlan:
         program = data.get("program")
         return cls(
             tuple(cuts),
-            positions=data.get("positions", "renumber"),
             program=None if program is None else _made(program),
+            **{key: data[key] for key in _OF_THE_PLAN if key in data},
         )
 
     def __str__(self) -> str:
@@ -271,7 +280,9 @@ class ReductionPlan:
         for name, run in groupby(cuts, key=lambda cut: cut[1].name):
             parts += [(name, options) for options in REDUCERS[name].to_options(list(run))]
         presets = {REDUCERS[name].positions for name, _ in parts}
-        said = {} if presets == {self.positions} else {"positions": self.positions}
+        said: dict[str, Any] = {} if presets == {self.positions} else {"positions": self.positions}
+        if self.rerank:
+            said["rerank"] = True
         parts[-1] = (parts[-1][0], {**parts[-1][1], **said})
         return "+".join(spell(name, options) for name, options in parts)
 
@@ -330,6 +341,8 @@ class ReductionPlan:
     def shared_depth(self, num_layers: int) -> int:
         """Layers that all questions about one picture have in common: up to the first cut that
         reads the question."""
+        if self.rerank and self.cuts:
+            return 0
         return min([cut.at for cut in self.cuts if cut.reducer.reads_text], default=num_layers)
 
 
@@ -396,7 +409,7 @@ def plan_from_flags(
     return ReductionPlan.pyramid(layer_list, image_token_ratio_list)
 
 
-_OF_THE_PLAN = ("positions",)
+_OF_THE_PLAN = ("positions", "rerank")
 
 
 def _agree(shared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
