@@ -7,6 +7,7 @@ pictures a sample, window-limited attention included.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,10 +145,13 @@ def test_loss_of_a_batch_is_the_mean_of_its_tokens():
         model(**inputs, labels=labels, reduction=plan, loss_mean="tokens")
 
 
-def uncached(model: Any, sample: Any, plan: str, steps: int) -> list[int]:
+def uncached(
+    model: Any, sample: Any, plan: str, steps: int, newest_ranks: bool = False
+) -> list[int]:
     """Greedy tokens without a cache: the prompt and what was generated, whole, at every step.
 
-    The rows and the texts that rank stay those of the prompt, as they are when a cache is used.
+    The rows and the texts that rank stay those of the prompt, as they are when a cache is used, or
+    the newest token ranks.
     """
     ids, out = list(sample[0]), []
     prompt = model.build_sequence(**batch([sample]))
@@ -156,7 +160,7 @@ def uncached(model: Any, sample: Any, plan: str, steps: int) -> list[int]:
         grown["images"] = batch([sample])["images"]
         sequence = model.build_sequence(**grown)
         query = torch.zeros_like(sequence.query)
-        query[0, sequence.layout.lengths[0] - 1 - len(out)] = 1
+        query[0, sequence.layout.lengths[0] - 1 - (0 if newest_ranks else len(out))] = 1
         sequence.facts[..., QUERY] = query
         sequence.inputs = prompt.inputs
         with torch.no_grad():
@@ -174,6 +178,25 @@ def test_generation_with_a_cache_is_without_one(family, plan):
         )
         for index, sample in enumerate(samples):
             assert tokens[index].tolist() == uncached(model, sample, plan, 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("plan", ["fastv", "pyramiddrop", "random then uniform"])
+def test_ranking_anew_at_every_token(family, plan):
+    """With `rerank` each token is that of the whole text so far, for batches and for beams."""
+    model, samples = tiny_model(family), prompts()
+    anew = replace(PLANS[plan], rerank=True)
+    call = {"max_new_tokens": 8, "do_sample": False}
+    for side in ("left", "right"):
+        inputs = batch(samples, side)
+        tokens = model.generate(**inputs, reduction=anew, **call)
+        beams = model.generate(**inputs, reduction=str(anew), **call, num_beams=3)
+        for index, sample in enumerate(samples):
+            assert tokens[index].tolist() == uncached(model, sample, plan, 8, newest_ranks=True)
+            alone = model.generate(**batch([sample]), reduction=anew, **call, num_beams=3)
+            assert beams[index].tolist() == alone[0].tolist()
+    frozen = model.generate(**inputs, reduction=PLANS[plan], **call)
+    assert torch.equal(tokens, frozen) == (plan == "random then uniform")
 
 
 @pytest.mark.parametrize(("family", "plan"), SOME)

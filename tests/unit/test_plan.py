@@ -39,6 +39,7 @@ PAPER = ReductionPlan.pyramid([8, 16, 24], [0.5, 0.25, 0.125])
         ReductionPlan((Cut(2, FastV(r=0.5)),), positions="original"),
         ReductionPlan((Cut(2, FastV(keep=144, per="image")),), positions="renumber"),
         ReductionPlan((Cut(2, AdaptPrune(0.1, sigma_c=12.0)),), positions="original"),
+        ReductionPlan((Cut(2, FastV(r=0.5)),), positions="original", rerank=True),
         ReductionPlan((Cut(3, AdaptPrune(57, key_source="normed", distance=2)),), "original"),
     ],
 )
@@ -147,6 +148,7 @@ def test_bad_lists_are_named(layers, ratios, named):
         ("fastv:k=0,r=0.5", "layer -1"),
         ("fastv:k=two,r=0.5", "'two'"),
         ("fastv:k=2,r=0.5+other:x=1", "'other'"),
+        ("fastv:k=2,r=0.5,rerank=2", "rerank 2"),
         ("adaptprune:k=2", "keep"),
         ("adaptprune:k=0,keep=0.5", "layer -1"),
         ("adaptprune:k=2,keep=1.5", "kept share 1.5"),
@@ -270,6 +272,8 @@ def test_shared_depth_is_the_first_cut_that_reads_the_question():
     assert PAPER.shared_depth(32) == 8
     mixed = ReductionPlan((Cut(2, Random(0.5)), Cut(5, PyramidDrop(0.2))))
     assert mixed.shared_depth(32) == 5
+    assert ReductionPlan.parse("fastv:k=2,r=0.5").shared_depth(32) == 2
+    assert ReductionPlan.parse("fastv:k=2,r=0.5,rerank=True").shared_depth(32) == 0
 
 
 def test_which_plan_wins():
