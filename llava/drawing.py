@@ -212,3 +212,85 @@ def heat_colour(share: float) -> str:
     part = place - index
     mixed = (round(a + (b - a) * part) for a, b in zip(HEAT[index], HEAT[index + 1], strict=True))
     return "#" + "".join(f"{value:02x}" for value in mixed)
+
+
+# ----------------------------------------------------------------------------- scenes
+Scene = Mapping[str, Any]
+"""What `llava.model.tracing.look` returns."""
+CELL = 20
+
+
+def grids(scene: Scene) -> list[Grid]:
+    """The grid of each field."""
+    return [Grid(f["rows"], f["columns"], f["newlines"]) for f in scene["fields"]]
+
+
+def run_stages(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a run, each with the cut behind it (None for the last)."""
+    cuts = [*run["cuts"], None]
+    return [{**stage, "cut": cut} for stage, cut in zip(run["stages"], cuts, strict=True)]
+
+
+def caption(stage: Mapping[str, Any]) -> str:
+    """``layers 2–3: 32 tokens``."""
+    count = sum(len(kept) for kept in stage["kept"])
+    return f"{layer_span(stage['start'], stage['stop'])}: {count} tokens"
+
+
+def layer_span(start: int, stop: int) -> str:
+    """Layers start .. stop-1, counted from 0 as plans do: ``layers 2–3``, ``layer 5``, ``input``
+    for a stage that a cut in front of layer 0 ends."""
+    if start == stop:
+        return "input"
+    return f"layer {start}" if stop == start + 1 else f"layers {start}–{stop - 1}"
+
+
+def defs(scene: Scene, prefix: str = "field") -> str:
+    """The pictures, once; every map refers to them by ``prefix`` and number."""
+    images = "".join(
+        f'<image id="{prefix}{number}" href="{field["image"]}" preserveAspectRatio="none" '
+        f'width="{field["columns"] * CELL}" height="{field["rows"] * CELL}"/>'
+        for number, field in enumerate(scene["fields"])
+    )
+    return f'<svg width="0" height="0" style="position:absolute"><defs>{images}</defs></svg>'
+
+
+def stage_figures(
+    scene: Scene, run: Mapping[str, Any], *, prefix: str | None = "field", scores: bool = True
+) -> str:
+    """A figure a stage: what is left and, with `scores`, what the cut behind it ranked by.
+
+    prefix: of the page's `defs`; None repeats the pictures, for a piece without a page.
+    """
+    every, figures = grids(scene), []
+    images = [
+        field["image"] if prefix is None else f"#{prefix}{number}"
+        for number, field in enumerate(scene["fields"])
+    ]
+    for stage in run_stages(run):
+        maps = [
+            survivors(image, grid, [grid.cell(n) for n in kept], CELL)
+            for image, grid, kept in zip(images, every, stage["kept"], strict=True)
+        ]
+        below = score_maps(stage["cut"], every, images) if scores else ""
+        figures.append(
+            f"<figure>{side_by_side(maps)}<figcaption>{caption(stage)}</figcaption>{below}</figure>"
+        )
+    return "".join(figures)
+
+
+def side_by_side(maps: Sequence[str]) -> str:
+    """The fields of one stage."""
+    return '<div class="fields">' + "".join(f"<div>{each}</div>" for each in maps) + "</div>"
+
+
+def score_maps(cut: Mapping[str, Any] | None, every: Sequence[Grid], images: Sequence[str]) -> str:
+    """The scores of the cut behind a stage, or nothing."""
+    if cut is None or not any(cut["scores"]):
+        return ""
+    maps = [
+        heat(image, grid, {grid.cell(number): score for number, score in scores}, CELL)
+        for image, grid, scores in zip(images, every, cut["scores"], strict=True)
+    ]
+    words = f"scores in front of layer {cut['at']}"
+    return f'<div class="map">{side_by_side(maps)}<figcaption>{words}</figcaption></div>'

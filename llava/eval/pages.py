@@ -139,11 +139,3 @@ def method_of(plan: str) -> str:
 def unique(values: Sequence[str]) -> list[str]:
     """Without repetition, in the order of first appearance."""
     return list(dict.fromkeys(values))
-
-
-def layer_span(start: int, stop: int) -> str:
-    """Layers start .. stop-1, counted from 0 as plans do: ``layers 2–3``, ``layer 5``, ``input``
-    for a stage that a cut in front of layer 0 ends."""
-    if start == stop:
-        return "input"
-    return f"layer {start}" if stop == start + 1 else f"layers {start}–{stop - 1}"

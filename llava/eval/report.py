@@ -15,10 +15,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llava.drawing import colour
+from llava.drawing import colour, defs, stage_figures
 from llava.eval import charts
 from llava.eval.pages import document, dot, facts_list, method_of, section, table, two, unique
-from llava.eval.show import defs, stage_figures
 from llava.utils import atomic_write, user_errors
 
 Row = Mapping[str, Any]

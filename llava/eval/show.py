@@ -24,13 +24,23 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from llava.drawing import Grid, colour, heat, survivors
+from llava.drawing import (
+    CELL,
+    Grid,
+    Scene,
+    caption,
+    colour,
+    defs,
+    grids,
+    run_stages,
+    stage_figures,
+    survivors,
+)
 from llava.eval import charts
 from llava.eval.pages import (
     document,
     dot,
     facts_list,
-    layer_span,
     method_of,
     section,
     table,
@@ -42,9 +52,6 @@ from llava.utils import atomic_write, get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
 
-Scene = Mapping[str, Any]
-CELL = 20
-
 
 # ----------------------------------------------------------------------------- facts of a scene
 def names(scene: Scene) -> list[str]:
@@ -54,23 +61,6 @@ def names(scene: Scene) -> list[str]:
         f"{name} {methods[: i + 1].count(name)}" if methods.count(name) > 1 else name
         for i, name in enumerate(methods)
     ]
-
-
-def grids(scene: Scene) -> list[Grid]:
-    """The grid of each field."""
-    return [Grid(f["rows"], f["columns"], f["newlines"]) for f in scene["fields"]]
-
-
-def run_stages(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The stages of a run, each with the cut behind it (None for the last)."""
-    cuts = [*run["cuts"], None]
-    return [{**stage, "cut": cut} for stage, cut in zip(run["stages"], cuts, strict=True)]
-
-
-def caption(stage: Mapping[str, Any]) -> str:
-    """``layers 2–3: 32 tokens``."""
-    count = sum(len(kept) for kept in stage["kept"])
-    return f"{layer_span(stage['start'], stage['stop'])}: {count} tokens"
 
 
 # ----------------------------------------------------------------------------- page
@@ -98,16 +88,6 @@ def page(scene: Scene, facts: Mapping[str, Any]) -> str:
         section("How this was made", "", facts_list(facts)),
     ]
     return document(scene["question"], parts, SHOW_STYLE)
-
-
-def defs(scene: Scene, prefix: str = "field") -> str:
-    """The pictures, once; every map refers to them by ``prefix`` and number."""
-    images = "".join(
-        f'<image id="{prefix}{number}" href="{field["image"]}" preserveAspectRatio="none" '
-        f'width="{field["columns"] * CELL}" height="{field["rows"] * CELL}"/>'
-        for number, field in enumerate(scene["fields"])
-    )
-    return f'<svg width="0" height="0" style="position:absolute"><defs>{images}</defs></svg>'
 
 
 def pictures_section(scene: Scene) -> str:
@@ -180,40 +160,6 @@ def run_sections(scene: Scene) -> list[str]:
             if run["cuts"]
         ),
     ]
-
-
-def stage_figures(
-    scene: Scene, run: Mapping[str, Any], *, prefix: str = "field", scores: bool = True
-) -> str:
-    """A figure a stage: what is left and, with `scores`, what the cut behind it ranked by."""
-    every, figures = grids(scene), []
-    for stage in run_stages(run):
-        maps = [
-            survivors(f"#{prefix}{i}", grid, [grid.cell(n) for n in kept], CELL)
-            for i, (grid, kept) in enumerate(zip(every, stage["kept"], strict=True))
-        ]
-        below = score_maps(stage["cut"], every, prefix) if scores else ""
-        figures.append(
-            f"<figure>{side_by_side(maps)}<figcaption>{caption(stage)}</figcaption>{below}</figure>"
-        )
-    return "".join(figures)
-
-
-def side_by_side(maps: Sequence[str]) -> str:
-    """The fields of one stage."""
-    return '<div class="fields">' + "".join(f"<div>{each}</div>" for each in maps) + "</div>"
-
-
-def score_maps(cut: Mapping[str, Any] | None, every: Sequence[Grid], prefix: str) -> str:
-    """The scores of the cut behind a stage, or nothing."""
-    if cut is None or not any(cut["scores"]):
-        return ""
-    maps = [
-        heat(f"#{prefix}{i}", grid, {grid.cell(number): score for number, score in scores}, CELL)
-        for i, (grid, scores) in enumerate(zip(every, cut["scores"], strict=True))
-    ]
-    words = f"scores in front of layer {cut['at']}"
-    return f'<div class="map">{side_by_side(maps)}<figcaption>{words}</figcaption></div>'
 
 
 # ----------------------------------------------------------------------------- PNG

@@ -63,11 +63,8 @@ def look(
     parsed = [ReductionPlan.parse(plan) for plan in plans]
     for plan in parsed:
         plan.validate(model.config.num_hidden_layers)
-    config = model.config
-    conv_mode, _ = resolve_conv_mode(conv_mode, config)
-    start_end = getattr(config, "mm_use_im_start_end", False)
-    prompt = build_prompt(question, conv_mode, len(pictures), start_end, tokenizer)
-    batch = prepare_batch(tokenizer, image_processor, config, [prompt], [list(pictures)])
+    conv_mode, _ = resolve_conv_mode(conv_mode, model.config)
+    batch = one_question(tokenizer, model, image_processor, question, pictures, conv_mode)
     moved = move_batch(batch, model.device, model.dtype)
     ids = moved.pop("input_ids")
     with torch.inference_mode():
@@ -99,6 +96,20 @@ def look(
         ],
         "runs": runs,
     }
+
+
+def one_question(
+    tokenizer: Any,
+    model: Any,
+    image_processor: Any,
+    question: str,
+    pictures: Sequence[Image.Image],
+    conv_mode: str,
+) -> dict[str, Any]:
+    """Model inputs of one question, on the CPU (`prepare_batch`)."""
+    start_end = getattr(model.config, "mm_use_im_start_end", False)
+    prompt = build_prompt(question, conv_mode, len(pictures), start_end, tokenizer)
+    return prepare_batch(tokenizer, image_processor, model.config, [prompt], [list(pictures)])
 
 
 def facts(out: Any, whole: TokenSequence, fields: Sequence[Field], model: Any) -> dict[str, Any]:
