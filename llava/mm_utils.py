@@ -377,9 +377,10 @@ def token_spans(prompt: str, tokenizer: Any) -> list[tuple[int, int, int]]:
     found = []
     for text, first in _chunks(prompt, tokenizer):
         encoded = tokenizer(text, return_offsets_mapping=True)
+        begin = first if prompt.startswith(text, first) else first + 1  # behind an added space
         for token, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
             if stop > start:
-                found.append((token, max(first + start, 0), first + stop))
+                found.append((token, max(first + start, begin), max(first + stop, begin)))
     return found
 
 

@@ -206,20 +206,22 @@ def side_texts(
     """
     question = getattr(prompt, "question", None) if question is None else question
     spans = token_spans(prompt, tokenizer)
+    words = str(prompt)
+    for mark in (DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN):
+        words = words.replace(mark, " " * len(mark))
 
     def ids_of(start: int, stop: int) -> list[int]:
         return [
             token
             for token, first, last in spans
-            if prompt[max(first, start) : min(last, stop)].strip()
-            and prompt[first:last] not in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
+            if words[max(first, start) : min(last, stop)].strip()
         ]
 
     texts: dict[str, list[int]] = {name: [] for name in TEXTS}
     start, stop = (0, len(prompt)) if question is None else question
     if question is not None:
         texts["question"] = ids_of(start, stop)
-    options = find_options(prompt[start:stop])
+    options = find_options(words[start:stop])
     if options is not None:
         texts["options"] = ids_of(start + options.start, start + options.stop)
         texts["option_words"] = list(tokenizer(" ".join(options.words)).input_ids)
