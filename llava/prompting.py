@@ -38,7 +38,8 @@ Pictures = Image.Image | Sequence[Image.Image] | None
 Turn = Mapping[str, str] | Sequence[Any]
 TEXTS = ("question", "options", "option_words")
 """What `side_texts` finds; a method may also ask for "all", the whole prompt."""
-_STAND_IN = "\ue000"
+STAND_IN = "\ue000"
+"""Stands for a text whose place in a prompt is asked for."""
 _USER = ("user", "human")
 _ASSISTANT = ("assistant", "gpt")
 
@@ -77,7 +78,7 @@ def build_prompt(
         wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         texts = [text.replace(DEFAULT_IMAGE_TOKEN, wrapped) for text in texts]
     prompt = Prompt(_written(conv, texts))
-    prompt.question = text_place(prompt, _written(conv, [*texts[:-1], _STAND_IN]))
+    prompt.question = text_place(prompt, _written(conv, [*texts[:-1], STAND_IN]))
     return prompt
 
 
@@ -91,9 +92,9 @@ def _written(conv: Any, texts: Sequence[str]) -> str:
 
 
 def text_place(prompt: str, with_stand_in: str) -> tuple[int, int] | None:
-    """Where a text stands in a prompt, from the same prompt with U+E000 in its place; None for a
+    """Where a text stands in a prompt, from the same prompt with STAND_IN in its place; None for a
     template that does not write it."""
-    before, mark, behind = with_stand_in.partition(_STAND_IN)
+    before, mark, behind = with_stand_in.partition(STAND_IN)
     if not mark or not (prompt.startswith(before) and prompt.endswith(behind)):
         return None
     return len(before), len(prompt) - len(behind)

@@ -244,9 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     torch.set_num_threads(args.threads)
     set_seed(0)
-    work = build_workload(
-        preset, device=device, dtype=DTYPES[dtype], backend=args.backend, batch=1
-    )
+    work = build_workload(preset, device=device, dtype=DTYPES[dtype], backend=args.backend, batch=1)
     result = {
         "preset": args.preset,
         "device": device,

@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from llava.constants import IGNORE_INDEX
 from llava.model.staged_cache import StagedCache
 from llava.model.varlen_attention import VARLEN
-from llava.reduction.base import LayerProgram, SideText, Signal, View, counts_known
+from llava.reduction.base import LayerProgram, SideText, Signal, View, counts_known, missing_text
 from llava.reduction.plan import Cut, ReductionPlan, StageFacts
 from llava.sequence import (
     BLANK,
@@ -634,10 +634,7 @@ def check_texts(plan: ReductionPlan, layout: Layout) -> None:
             )
         for sample in with_pictures:
             if layout.queries[sample] and not any(counts[name][sample] for name in known):
-                raise ValueError(
-                    f"sample {sample} of the batch has no text {signal.name!r} for the plan to "
-                    f"compare with; another text may stand in for it: text={signal.name}|all"
-                )
+                raise ValueError(f"sample {sample} of the batch {missing_text(signal)}")
 
 
 def text_ids(sequence: TokenSequence, signal: Signal) -> Tensor:

@@ -157,6 +157,14 @@ class LayerProgram(Protocol):
         ...
 
 
+def missing_text(signal: Signal) -> str:
+    """What to say of a sample that has none of a text's alternatives."""
+    return (
+        f"has no text {signal.name!r} for the plan to compare its pictures with; another text may "
+        f"stand in for it: text={signal.name}|all"
+    )
+
+
 def counts_known(reducer: Reducer) -> bool:
     """Whether the method keeps exactly its budget, so that nothing has to be read on the host."""
     return bool(getattr(reducer, "host_counts", True))

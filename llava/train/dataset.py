@@ -33,7 +33,9 @@ from llava.mm_utils import (
     truncate_to_context,
 )
 from llava.model.multimodal_prep import Splicer, tile_counts
-from llava.train.preprocess import Encoded, LabelMode, preprocess
+from llava.prompting import pad_texts
+from llava.reduction.base import Signal, missing_text
+from llava.train.preprocess import Encoded, LabelMode, first_turn_texts, preprocess
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -150,7 +152,8 @@ class LazySupervisedDataset(Dataset):
     `__getitem__` returns a dict of ``input_ids`` and ``labels`` (lists), ``images`` (list of
     tensors) and ``image_sizes`` (list of (width, height)). Raises ValueError, naming the sample,
     for anything that cannot be trained on; with `skip_bad_samples` the next sample takes its
-    place, with a warning. `cache_text` keeps ids and labels in memory.
+    place, with a warning. `cache_text` keeps ids and labels in memory. `texts` are what the plan
+    compares pictures with (`ReductionPlan.texts`); a sample then also has ``texts``, ids by name.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class LazySupervisedDataset(Dataset):
         use_im_start_end: bool = False,
         cache_text: bool = False,
         skip_bad_samples: bool = False,
+        texts: Sequence[Signal] = (),
         name: str = "data",
     ) -> None:
         self.records = records
@@ -175,6 +179,7 @@ class LazySupervisedDataset(Dataset):
         self.label_mode: LabelMode = label_mode
         self.use_im_start_end = use_im_start_end
         self.skip_bad_samples = skip_bad_samples
+        self.texts = texts
         self.name = name
         self._text: dict[int, Encoded] | None = {} if cache_text else None
         self._warnings: dict[str, int] = {}
@@ -239,12 +244,18 @@ class LazySupervisedDataset(Dataset):
                 f"--model_max_length {self.max_length}",
             )
         kept = pictures[: fitted.images]
-        return {
+        sample = {
             "input_ids": fitted.ids,
             "labels": fitted.labels,
             "images": [pixels for pixels, _ in kept],
             "image_sizes": [size for _, size in kept],
         }
+        if self.texts:
+            sample["texts"] = encoded.texts
+            for signal in self.texts if kept else ():
+                if not any(name == "all" or encoded.texts[name] for name in signal.alternatives):
+                    raise ValueError(missing_text(signal))
+        return sample
 
     def _encode(self, index: int, record: dict[str, Any], n_images: int) -> Encoded:
         if self._text is not None and index in self._text:
@@ -263,6 +274,15 @@ class LazySupervisedDataset(Dataset):
             self._warn("mismatch", f"{self.describe(index)}: {encoded.warning}")
         elif encoded.n_targets == 0:
             raise ValueError("has nothing to learn: its answers are empty")
+        if any(name != "all" for signal in self.texts for name in signal.alternatives):
+            texts = first_turn_texts(
+                record["conversations"],
+                self.tokenizer,
+                self.conv,
+                n_images=n_images,
+                use_im_start_end=self.use_im_start_end,
+            )
+            encoded = dataclasses.replace(encoded, texts=texts)
         if self._text is not None:
             self._text[index] = encoded
         return encoded
@@ -296,7 +316,8 @@ class Collator:
     [n, 3, H, W] if all pictures have one shape, else a list; absent when there is none) and
     image_sizes, one entry a picture in the order of the batch; with a `splicer` (of the model) also
     `splice`: where every token of the batch will stand, padded or `packed`, so that the forward
-    pass reads nothing back from the device.
+    pass reads nothing back from the device. Texts that the plan compares with are in `splice`,
+    without a splicer in `texts`.
     """
 
     pad_token_id: int
@@ -324,10 +345,14 @@ class Collator:
             same = all(pixels.shape == images[0].shape for pixels in images)
             batch["images"] = torch.stack(images) if same else images
             batch["image_sizes"] = sizes
+        texts = pad_texts([sample.get("texts", {}) for sample in samples])
+        if texts and self.splicer is None:
+            batch["texts"] = texts
         if self.splicer is not None:
             pictures = self.splicer.pictures(tile_counts(batch.get("images")), sizes or None)
             kind = "packed" if self.packed else "right"
-            batch["splice"] = self.splicer(ids, mask, labels, pictures, kind)
+            arrays = {name: rows.numpy() for name, rows in texts.items()}
+            batch["splice"] = self.splicer(ids, mask, labels, pictures, kind, arrays)
         return batch
 
 

@@ -28,6 +28,7 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import tokenizer_image_token
+from llava.prompting import STAND_IN, side_texts, text_place
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -49,11 +50,13 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids (one IMAGE_TOKEN_INDEX a picture) and labels (IGNORE_INDEX = no loss)."""
+    """Token ids (one IMAGE_TOKEN_INDEX a picture) and labels (IGNORE_INDEX = no loss). texts: of
+    the first turn, where they were asked for (`llava.prompting.side_texts`)."""
 
     input_ids: list[int]
     labels: list[int]
     warning: str | None = None
+    texts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def n_targets(self) -> int:
@@ -359,6 +362,31 @@ def preprocess(
     if conv.sep_style is SeparatorStyle.LLAMA_3 and conv.tokenizer is None:
         conv = dataclasses.replace(conv, tokenizer=tokenizer)
     return encode_segments(tokenizer, segments(conv, turns))
+
+
+def first_turn_texts(
+    turns: Sequence[Turn],
+    tokenizer: Any,
+    conv: Conversation,
+    *,
+    n_images: int = 0,
+    use_im_start_end: bool = False,
+) -> dict[str, list[int]]:
+    """The texts of the first question, as inference finds them in the prompt that ends with it.
+
+    A method that compares pictures with words must not see answers, and a picture is cut once for
+    all turns, so the later questions do not count. Arguments and errors as `preprocess`.
+    """
+    turns = preprocess_multimodal(
+        check_turns(turns), n_images, version=conv.version, use_im_start_end=use_im_start_end
+    )
+    if conv.sep_style is SeparatorStyle.LLAMA_3 and conv.tokenizer is None:
+        conv = dataclasses.replace(conv, tokenizer=tokenizer)
+    first = turns[:2]
+    marked = [{**first[0], "value": STAND_IN}, first[1]]
+    prompt, with_stand_in = (segments(conv, pair)[0].text for pair in (first, marked))
+    place = text_place(prompt, with_stand_in) or (0, 0)
+    return side_texts(prompt, tokenizer, place)
 
 
 # ------------------------------------------------------------------------------ the legacy masking

@@ -359,7 +359,7 @@ def make_datasets(
     training_args: TrainingArguments,
 ) -> tuple[LazySupervisedDataset, LazySupervisedDataset | None]:
     """The training set and, if asked for, the validation set."""
-    reader = None
+    reader, plan = None, resolve_plan(None, model.config)[0]
     tower = model.get_vision_tower() if model_args.vision_tower else None
     if tower is not None:
         reader = ImageReader(
@@ -381,6 +381,7 @@ def make_datasets(
             use_im_start_end=model_args.mm_use_im_start_end,
             cache_text=data_args.cache_text,
             skip_bad_samples=data_args.skip_bad_samples,
+            texts=plan.texts,
             name=path,
         )
         check_first_samples(made)
