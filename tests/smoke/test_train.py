@@ -234,7 +234,14 @@ def test_checkpointing_changes_nothing(files, base, tmp_path, kwargs):
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), abs=1e-5)
 
 
-@pytest.mark.parametrize("plan", [{}, {"layer_list": "[2]", "image_token_ratio_list": "[0.5]"}])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {"layer_list": "[2]", "image_token_ratio_list": "[0.5]"},
+        {"reduction": "simignore:ratio=0.75,text=options|question+fastv:k=2,r=0.5"},
+    ],
+)
 def test_packed_training_is_padded_training(files, base, tmp_path, plan):
     """No, one and two pictures a sample, mixed lengths: the losses of eight steps and the weights
     behind them."""
@@ -387,6 +394,7 @@ def test_dry_run_prints_what_is_learned(files, base, tmp_path, capsys):
         ({"layer_list": "[3,1]", "image_token_ratio_list": "[0.5,0.25]"}, "layer_list [3, 1]"),
         ({"layer_list": "[9]", "image_token_ratio_list": "[0.5]"}, "layer 9 does not fit"),
         ({"layer_list": "__import__('os')", "image_token_ratio_list": "[0.5]"}, "__import__"),
+        ({"reduction": "simignore:keep=2,text=options"}, "sample 1 (id 1): has no text 'options'"),
         ({"pretrain_mm_mlp_adapter": __file__}, "cannot be loaded as a projector"),
         ({"attn_implementation": "nonsense"}, "nonsense"),
         ({"packed": True, "attn_implementation": "flex_attention"}, "would mix the samples"),

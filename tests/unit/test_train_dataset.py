@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import clip_image_processor_class
+from llava.prompting import build_prompt, side_texts
+from llava.reduction import ReductionPlan
 from llava.train.dataset import (
     Collator,
     ImageReader,
@@ -226,3 +228,42 @@ def test_caches_change_nothing(tokenizer, reader, tmp_path):
     assert first["images"][0] is again["images"][0]
     assert first["input_ids"] == plain[0]["input_ids"]
     assert torch.equal(first["images"][0], plain[0]["images"][0])
+
+
+def test_texts_are_those_of_the_prompt(tokenizer, reader):
+    """Of the first question, whatever turns follow, as inference finds them in its prompt."""
+    texts = ReductionPlan.parse("simignore:keep=1,text=options|question").texts
+    asked = "<image>\nwhat is red ?\nA. blue\nB. red"
+    record = sample(asked, "blue", "red.png")
+    record["conversations"] += [
+        {"from": "human", "value": "is blue what"},
+        {"from": "gpt", "value": "red"},
+    ]
+    other = sample("<image>\nwhat is", "blue", "red.png")
+    text_only = sample("blue", "red")
+    for conv_mode in ("v1", "mistral_instruct"):
+        data = LazySupervisedDataset(
+            [record, other, text_only], tokenizer, training_template(conv_mode), reader=reader,
+            texts=texts, cache_text=True,
+        )  # fmt: skip
+        expected = [
+            side_texts(build_prompt(question, conv_mode, marks), tokenizer)
+            for question, marks in ((asked, 1), ("<image>\nwhat is", 1), ("blue", 0))
+        ]
+        for _ in range(2):  # read, and from memory
+            assert [data[i]["texts"] for i in range(3)] == expected
+        assert expected[0]["options"]
+        assert not expected[1]["options"]
+        batch = Collator(PAD)([data[i] for i in range(3)])
+        assert batch["texts"]["question"][1].tolist()[:2] == expected[1]["question"]
+        strict = ReductionPlan.parse("simignore:keep=1,text=options").texts
+        bare = LazySupervisedDataset(
+            [record, other, text_only], tokenizer, training_template(conv_mode), reader=reader,
+            texts=strict,
+        )  # fmt: skip
+        assert bare[0]["texts"] == expected[0]
+        bare[2]  # without a picture nothing is compared
+        with pytest.raises(ValueError, match="has no text 'options'"):
+            bare[1]
+    assert "texts" not in LazySupervisedDataset([other], tokenizer, training_template("v1"),
+                                                reader=reader)[0]  # fmt: skip
