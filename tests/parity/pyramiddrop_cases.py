@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from recorded import BACKENDS, Check
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,30 +26,6 @@ from llava.model.staged_cache import StagedCache
 from llava.reduction import ReductionPlan
 
 ATOL = RTOL = 2e-4
-BACKENDS = ("eager", "sdpa")
-
-
-class Check:
-    """Collects comparisons: integers exactly, floats within the tolerance."""
-
-    def __init__(self) -> None:
-        self.worst, self.worst_name, self.failures, self.count = 0.0, "", [], 0
-
-    def close(self, name: str, got: Any, expected: Tensor) -> None:
-        got = torch.as_tensor(got).detach()
-        self.count += 1
-        if got.shape != expected.shape:
-            self.failures.append(f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}")
-        elif not expected.is_floating_point():
-            wrong = int((got != expected).sum())
-            if wrong:
-                self.failures.append(f"{name}: {wrong} of {expected.numel()} integers differ")
-        else:
-            difference = (got.double() - expected.double()).abs()
-            if expected.numel() and float(difference.max()) > self.worst:
-                self.worst, self.worst_name = float(difference.max()), name
-            if not bool((difference <= ATOL + RTOL * expected.double().abs()).all()):
-                self.failures.append(f"{name}: differs by {float(difference.max()):.3g}")
 
 
 def load_case(case: Path, backend: str) -> tuple[Any, dict, dict, dict]:
@@ -293,7 +270,7 @@ def run_case(case: Path) -> list[tuple[str, Check]]:
         training = "loss" in expected
         padded = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
         for side in ("right", "left") if padded else ("right",):
-            check = Check()
+            check = Check(ATOL, RTOL)
             if training:
                 check_training(check, model, meta, inputs, expected, side)
                 model.zero_grad()
@@ -304,16 +281,5 @@ def run_case(case: Path) -> list[tuple[str, Check]]:
                 )
                 check_inference(check, model, meta, inputs, expected, prefixes, side)
                 check_vision(check, model, case, inputs, expected)
-            if check.count == 0:
-                check.failures.append("nothing was compared")
             out.append((f"{backend}, {side} padding" if padded else backend, check))
     return out
-
-
-def is_case(folder: Path) -> bool:
-    """Whether a folder looks like a recorded case of this module."""
-    names = ("meta.json", "config.json", "inputs.safetensors", "expected.safetensors")
-    return all((folder / name).is_file() for name in names)
-
-
-__all__ = ["Check", "is_case", "run_case"]

@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import eval_cases
+import fastv_cases
 import preprocess_cases
 import pyramiddrop_cases
+import recorded
 import torch
 import training_cases
 from transformers.utils import logging as transformers_logging
@@ -35,6 +37,8 @@ from llava.reduction import REDUCERS
 
 # Subjects that recorded folders exist for; those without a checker here are not built yet.
 SUBJECTS = ("pyramiddrop", "fastv", "simignore", "adaptprune", "yopo", "eval")
+# Of each method, the module whose `run_case(folder)` runs a case: [(variant, Check)].
+CHECKERS = {"pyramiddrop": pyramiddrop_cases, "fastv": fastv_cases}
 PREPROCESS_FILES = (
     *preprocess_cases.CHECKS,
     training_cases.LABELS_FILE,
@@ -72,11 +76,13 @@ def walk(folder: Path) -> Iterator[Path]:
 
 def run_model_case(folder: Path, name: str) -> Iterator[Line]:
     subject = case_subject(folder)
-    if subject != "pyramiddrop":
+    if subject not in CHECKERS:
         known = "not in this package" if subject not in REDUCERS else "without a checker"
         yield False, f"FAIL  {name}: the method {subject!r} is {known}"
         return
-    for variant, check in pyramiddrop_cases.run_case(folder):
+    for variant, check in CHECKERS[subject].run_case(folder):
+        if check.count == 0:
+            check.failures.append("nothing was compared")
         detail = f"{check.worst:.2e} {check.worst_name}".strip()
         line = f"{name} [{variant}] {check.count} comparisons, largest deviation {detail}"
         if check.failures:
@@ -106,7 +112,7 @@ def run(folders: list[Path]) -> Iterator[Line]:
         for folder in walk(root):
             name = str(folder.relative_to(root.parent))
             try:
-                if pyramiddrop_cases.is_case(folder):
+                if recorded.is_case(folder):
                     yield from run_model_case(folder, name)
                 elif any((folder / file).is_file() for file in PREPROCESS_FILES):
                     yield from run_preprocess(folder, name)

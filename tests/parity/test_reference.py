@@ -67,13 +67,13 @@ def test_exit_status(tmp_path, capsys):
     assert reference_cases.main([str(tmp_path)]) == 1
     assert "no recorded case" in capsys.readouterr().err
     assert reference_cases.main([str(tmp_path / "absent")]) == 1
-    unknown = tmp_path / "fastv" / "case"
+    unknown = tmp_path / "another" / "case"
     unknown.mkdir(parents=True)
     for name in ("config.json", "inputs.safetensors", "expected.safetensors"):
         (unknown / name).write_text("{}")
-    (unknown / "meta.json").write_text('{"K": 2}')
-    assert reference_cases.main([str(tmp_path / "fastv")]) == 1
-    assert "'fastv' is not in this package" in capsys.readouterr().out
+    (unknown / "meta.json").write_text('{"method": "another"}')
+    assert reference_cases.main([str(tmp_path / "another")]) == 1
+    assert "'another' is not in this package" in capsys.readouterr().out
 
 
 def test_underscored_folders_are_skipped(tmp_path):
