@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("llava.eval.run:main", "run benchmarks and score them"),
     "answer": Command("llava.eval.answer:main", "answer a question file (LLaVA's flags)"),
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
+    "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),
     "flops": Command("llava.reduction.flops:main", "cost of a plan in closed form"),
     "plan": Command("llava.reduction.budget:main", "layers and ratios that meet a budget"),
     "chat": Command("llava.serve.cli:main", "a dialogue about pictures in the terminal"),

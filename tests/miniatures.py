@@ -30,7 +30,8 @@ from transformers import (
     MistralConfig,
 )
 
-from llava.model.builder import FAMILIES
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.builder import FAMILIES, load_checkpoint
 
 SIDE, PATCH = 56, 14
 TOKENS = (SIDE // PATCH) ** 2
@@ -368,3 +369,29 @@ def write_lora(folder: Path, base: Any, old_peft: bool) -> Any:
         new.unlink()
     model.load_state_dict(tuned.merge_and_unload().state_dict(), strict=False)
     return model
+
+
+# ----------------------------------------------------------------------------- shared by the tests
+def load(folder: Path, *arguments: Any, **options: Any) -> Any:
+    """`load_checkpoint` on the CPU."""
+    return load_checkpoint(folder, *arguments, **{"device": "cpu", **options})
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json; the value "gone" removes one."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    write_json(file, {key: value for key, value in config.items() if value != "gone"})
+
+
+def inputs(anyres: bool) -> dict[str, Any]:
+    """A prompt with one picture of four tiles and its thumbnail, or of one tile."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (5, 3, SIDE, SIDE) if anyres else (3, SIDE, SIDE)
+    pixels = torch.randn(shape, generator=generator)
+    ids = torch.tensor([[1, 5, 6, IMAGE_TOKEN_INDEX, 7, 8, 9]])
+    return {"input_ids": ids, "images": [pixels], "image_sizes": [(110, 100)]}
+
+
+def equal(one: Tensor, two: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(one, two, atol=tolerance, rtol=0)

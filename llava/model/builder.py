@@ -166,7 +166,7 @@ def load_checkpoint(
     )
     tokenizer = load_tokenizer(parts.folders)
     _add_image_tokens(model, tokenizer)
-    processor = _image_processor(model, parts)
+    processor = image_processor_of(model, parts)
     for line in choices.lines():
         log.info("%s", line)
     return Loaded(tokenizer, model.eval(), processor, model.context_length, choices, tuple(unused))
@@ -377,7 +377,7 @@ def _add_image_tokens(model: Any, tokenizer: Any) -> None:
             )
 
 
-def _image_processor(model: Any, parts: Parts) -> Any:
+def image_processor_of(model: Any, parts: Parts) -> Any:
     """The checkpoint's own processor, else its tower's, else the usual one for the tower's size."""
     tower = model.get_vision_tower()
     if tower is None:

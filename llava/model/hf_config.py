@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from llava.model.multimodal_encoder.builder import vision_config
+from llava.mm_utils import parse_grid_pinpoints
+from llava.model.multimodal_encoder.builder import published_name, vision_config
 from llava.reduction.plan import FASTV_KEY
 
 # model_type of a decoder -> model_type of LLaVA over it (keys of `builder.FAMILIES`).
@@ -23,7 +24,11 @@ DECODERS = {
     "qwen2": "llava_qwen",
     "qwen3": "llava_qwen3",
 }
-_STRATEGIES = {"default": "patch", "full": "cls_patch"}
+# Which of the tower's tokens are features; a tower without class token keeps all of them.
+_STRATEGIES = {
+    "clip_vision_model": {"default": "patch", "full": "cls_patch"},
+    "siglip_vision_model": {"full": "patch"},
+}
 # Keys that transformers' nested layout has no place for.
 CARRIED = (
     "conv_mode",
@@ -64,16 +69,23 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: vision_feature_layer is {config.vision_feature_layer!r}; accepted: one layer"
         )
+    vision_dict = vision_config(vision, where)
+    strategies, strategy = _STRATEGIES[vision.model_type], config.vision_feature_select_strategy
+    if strategy not in strategies:
+        raise ValueError(
+            f"{where}: vision_feature_select_strategy {strategy!r} would leave out a patch of a "
+            f"{vision.model_type}; accepted: {', '.join(strategies)}"
+        )
     flat: dict[str, Any] = {
         **text.to_dict(),
         "model_type": DECODERS[text.model_type],
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or text.dtype,
-        "mm_vision_tower": getattr(vision, "_name_or_path", "") or vision.model_type,
-        "mm_vision_config": vision_config(vision, where),
+        "mm_vision_tower": published_name(vision_dict) or vision.model_type,
+        "mm_vision_config": vision_dict,
         "mm_hidden_size": vision.hidden_size,
         "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": _STRATEGIES[config.vision_feature_select_strategy],
+        "mm_vision_select_feature": strategies[strategy],
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -93,3 +105,64 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         flat[FASTV_KEY] = raw[FASTV_KEY]
     carried = raw.get("llava") or {}
     return {**flat, **{key: carried[key] for key in CARRIED if key in carried}}
+
+
+def nest(config: Any, where: str) -> dict[str, Any]:
+    """The nested config (llava or llava_next) of one of our config objects; `image_token_index` is
+    left to the caller. ValueError for what transformers' classes cannot do."""
+    families = {ours: theirs for theirs, ours in DECODERS.items()}
+    decoder, vision = families[config.model_type], dict(config.mm_vision_config)
+    kind = _nested_kind(config, where)
+    text = CONFIG_MAPPING[decoder]()
+    own = config.to_dict()
+    text_config = {key: own[key] for key in text.to_dict() if key in own}
+    text_config |= {"model_type": decoder, "architectures": None}
+    strategies = {ours: theirs for theirs, ours in _STRATEGIES[vision["model_type"]].items()}
+    side = vision["image_size"] // vision["patch_size"]
+    nested: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [_CLASSES[kind]],
+        "text_config": text_config,
+        "vision_config": vision,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.mm_vision_select_layer,
+        "vision_feature_select_strategy": strategies[config.mm_vision_select_feature or "patch"],
+        "image_seq_length": side * side,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "dtype": own.get("dtype"),
+    }
+    if kind == "llava_next":
+        pairs = parse_grid_pinpoints(config.image_grid_pinpoints, vision["image_size"])
+        nested["image_grid_pinpoints"] = [[h, w] for w, h in pairs]
+    nested["llava"] = {key: own.get(key) for key in CARRIED if own.get(key) is not None}
+    if own.get(FASTV_KEY) is not None:
+        nested[FASTV_KEY] = own[FASTV_KEY]
+    if kind == "llava_next" and "mm_unpad_rounding" not in nested["llava"]:
+        nested["llava"]["mm_unpad_rounding"] = "llava"
+    return nested
+
+
+_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+}
+
+
+def _nested_kind(config: Any, where: str) -> str:
+    projector = config.mm_projector_type
+    if projector != "mlp2x_gelu":
+        raise ValueError(
+            f"{where}: mm_projector_type {projector!r} has no place in transformers' classes; "
+            "accepted: mlp2x_gelu"
+        )
+    aspect = getattr(config, "image_aspect_ratio", None)
+    merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+    kinds = {("anyres", "spatial_unpad"): "llava_next"}
+    kinds |= {(mode, "flat"): "llava" for mode in (None, "square", "pad")}
+    if (aspect, merge) not in kinds:
+        raise ValueError(
+            f"{where}: image_aspect_ratio {aspect!r} with mm_patch_merge_type {merge!r} has no "
+            "place in transformers' classes; accepted: anyres with spatial_unpad, pad or square "
+            "with flat"
+        )
+    return kinds[aspect, merge]

@@ -6,8 +6,6 @@ the published ones (tests/miniatures.py).
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from miniatures import (
@@ -17,7 +15,9 @@ from miniatures import (
     PINS,
     SIDE,
     VISION,
+    equal,
     hf_model,
+    inputs,
     old_names,
     write_base,
     write_hf,
@@ -28,7 +28,6 @@ from miniatures import (
 )
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_checkpoint, load_pretrained_model
 
 TEMPLATES = {
@@ -39,18 +38,6 @@ TEMPLATES = {
     "v1.6-34b": "chatml_direct",
     "pyramiddrop": "vicuna_v1",
 }
-
-
-def inputs(anyres: bool) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(2)
-    shape = (5, 3, SIDE, SIDE) if anyres else (3, SIDE, SIDE)
-    pixels = torch.randn(shape, generator=generator)
-    ids = torch.tensor([[1, 5, 6, IMAGE_TOKEN_INDEX, 7, 8, 9]])
-    return {"input_ids": ids, "images": [pixels], "image_sizes": [(110, 100)]}
-
-
-def equal(one: torch.Tensor, two: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(one, two, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", ORIGINALS)

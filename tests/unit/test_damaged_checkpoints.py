@@ -13,7 +13,9 @@ import torch
 from miniatures import (
     IMAGE_ID,
     TEXT,
+    edit,
     hf_model,
+    load,
     write_base,
     write_hf,
     write_json,
@@ -25,16 +27,6 @@ from miniatures import (
 from safetensors.torch import load_file, save_file
 
 from llava.model.builder import load_checkpoint
-
-
-def load(folder: Path, *arguments: Any, **options: Any) -> Any:
-    return load_checkpoint(folder, *arguments, **{"device": "cpu", **options})
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    file = folder / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    write_json(file, {key: value for key, value in config.items() if value != "gone"})
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from miniatures import write_original
-from test_damaged_checkpoints import load
+from miniatures import load, write_original
 
 from llava.constants import IMAGE_TOKEN_INDEX
 

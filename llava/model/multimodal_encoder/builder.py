@@ -91,6 +91,14 @@ def tower_structure(name: str, holder: str | Path) -> dict[str, Any]:
     return vision_config(config, name)
 
 
+def published_name(structure: dict[str, Any]) -> str | None:
+    """The hub id of the published tower with this structure, or None."""
+    for name, facts in PUBLISHED.items():
+        if all(structure.get(key) == value for key, value in facts.items()):
+            return name
+    return None
+
+
 def vision_config(config: Any, name: str) -> dict[str, Any]:
     """The vision part of a tower's config, as a dict with its `model_type`."""
     tower_class(config.model_type, name)

@@ -1,0 +1,67 @@
+"""A conversation template as the Jinja text that transformers' processors carry.
+
+Special here: made from the same row of the template table as the prompts of this project, so that
+`processor.apply_chat_template` and `build_prompt` give the same string. A picture in a message
+becomes `<image>` and a line break, in front of the text as in LLaVA.
+"""
+
+from __future__ import annotations
+
+from llava.conversation import Conversation, SeparatorStyle
+
+# The text of one message, pictures first.
+_TEXT = (
+    "{%- set ns.text = '' -%}"
+    "{%- if message['content'] is string -%}{%- set ns.text = message['content'] -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}"
+    "{%- set ns.text = ns.text + '<image>\\n' -%}{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}"
+    "{%- set ns.text = ns.text + part['text'] -%}{%- endfor -%}"
+    "{%- endif -%}"
+)
+
+
+def chat_template(conv: Conversation) -> str | None:
+    """The Jinja text of a template; None for the styles that transformers' chats cannot say
+    (`plain`, and Llama-2 with a system text, which stands inside the first question)."""
+    user, assistant = conv.roles
+    sep, sep2 = conv.sep, conv.sep2 or ""
+    if conv.sep_style is SeparatorStyle.TWO:
+        before = conv.system + sep
+        turns = (f"{user}: ", sep), (f"{assistant}: ", sep2)
+        opening = f"{assistant}:"
+    elif conv.sep_style is SeparatorStyle.SINGLE:
+        before = conv.system + sep
+        turns = (f"{user}: ", sep), (f"{assistant}: ", sep)
+        opening = f"{assistant}:"
+    elif conv.sep_style is SeparatorStyle.MPT:
+        before = conv.system + sep
+        turns = (user, sep), (assistant, sep)
+        opening = assistant
+    elif conv.sep_style is SeparatorStyle.CHATML:
+        before = f"{conv.system}{sep}\n" if conv.system else ""
+        turns = (f"{user}\n", f"{sep}\n"), (f"{assistant}\n", f"{sep}\n")
+        opening = f"{assistant}\n"
+    elif conv.sep_style is SeparatorStyle.LLAMA_2 and not conv.system:
+        before = ""
+        turns = ("[INST] ", " [/INST]"), (" ", f" {sep2}")
+        opening = ""
+    else:
+        return None
+    said = [f"{{{{- {_quoted(a)} + ns.text + {_quoted(b)} -}}}}" for a, b in turns]
+    return (
+        "{%- set ns = namespace(text='') -%}"
+        f"{{{{- {_quoted(before)} -}}}}"
+        "{%- for message in messages if message['role'] != 'system' -%}"
+        f"{_TEXT}"
+        f"{{%- if message['role'] == 'user' -%}}{said[0]}{{%- else -%}}{said[1]}{{%- endif -%}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(opening)} -}}}}{{%- endif -%}}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """A Jinja string literal."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
