@@ -57,25 +57,8 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is no config of transformers' {kind}: {error}") from error
     text, vision = config.text_config, config.vision_config
-    if text.model_type not in DECODERS:
-        raise ValueError(
-            f"{where}: the decoder is a {text.model_type!r}; accepted: {', '.join(DECODERS)}"
-        )
-    wanted = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
-    for key, value in wanted.items():
-        if getattr(config, key) != value:
-            raise ValueError(f"{where}: {key} is {getattr(config, key)!r}; accepted: {value!r}")
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
-            f"{where}: vision_feature_layer is {config.vision_feature_layer!r}; accepted: one layer"
-        )
     vision_dict = vision_config(vision, where)
-    strategies, strategy = _STRATEGIES[vision.model_type], config.vision_feature_select_strategy
-    if strategy not in strategies:
-        raise ValueError(
-            f"{where}: vision_feature_select_strategy {strategy!r} would leave out a patch of a "
-            f"{vision.model_type}; accepted: {', '.join(strategies)}"
-        )
+    feature = _check_nested(config, where)
     flat: dict[str, Any] = {
         **text.to_dict(),
         "model_type": DECODERS[text.model_type],
@@ -85,7 +68,7 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mm_vision_config": vision_dict,
         "mm_hidden_size": vision.hidden_size,
         "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": strategies[strategy],
+        "mm_vision_select_feature": feature,
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -105,6 +88,30 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         flat[FASTV_KEY] = raw[FASTV_KEY]
     carried = raw.get("llava") or {}
     return {**flat, **{key: carried[key] for key in CARRIED if key in carried}}
+
+
+def _check_nested(config: Any, where: str) -> str:
+    """LLaVA's name of the feature choice. ValueError for what LLaVA's layout cannot say."""
+    text, vision = config.text_config, config.vision_config
+    if text.model_type not in DECODERS:
+        raise ValueError(
+            f"{where}: the decoder is a {text.model_type!r}; accepted: {', '.join(DECODERS)}"
+        )
+    wanted = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+    for key, value in wanted.items():
+        if getattr(config, key) != value:
+            raise ValueError(f"{where}: {key} is {getattr(config, key)!r}; accepted: {value!r}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"{where}: vision_feature_layer is {config.vision_feature_layer!r}; accepted: one layer"
+        )
+    strategies, strategy = _STRATEGIES[vision.model_type], config.vision_feature_select_strategy
+    if strategy not in strategies:
+        raise ValueError(
+            f"{where}: vision_feature_select_strategy {strategy!r} would leave out a patch of a "
+            f"{vision.model_type}; accepted: {', '.join(strategies)}"
+        )
+    return strategies[strategy]
 
 
 def nest(config: Any, where: str) -> dict[str, Any]:
