@@ -77,6 +77,15 @@ PLANS: dict[str, ReductionPlan] = {
         "+pyramiddrop:layers=[4],ratios=[0.2],per=sample,rope=False,positions=original"
     ),
     "adaptprune": ReductionPlan.parse("adaptprune:k=2,keep=0.4,sigma_s=0.4"),
+    "yopo": ReductionPlan.parse(
+        "yopo:layers=4,heads=['1111','1011','0001','0000','1111','1111'],window=3,ffn=2"
+    ),
+    "yopo, leaky": ReductionPlan.parse(
+        "yopo:layers=4,heads=['1111','1011','0001','0000','0110','1111'],window=3,ffn=3,mode=leaky"
+    ),
+    "random, then yopo in all layers": ReductionPlan.parse(
+        "random:layers=[0],ratios=[0.6],per=sample+yopo:heads=0.5,positions=renumber"
+    ),
     "all dropped": ReductionPlan((Cut(2, PyramidDrop(0.4)), Cut(4, PyramidDrop(0.0)))),
 }
 

@@ -37,9 +37,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from llava.constants import IGNORE_INDEX
+from llava.model.attention_kinds import FULL, SLIDING, attention_kind
+from llava.model.layer_programs import LayerRunner, layer_runner
 from llava.model.staged_cache import StagedCache
 from llava.model.varlen_attention import VARLEN
-from llava.reduction.base import LayerProgram, SideText, Signal, View, counts_known, missing_text
+from llava.reduction.base import SideText, Signal, View, counts_known, missing_text
 from llava.reduction.plan import Cut, ReductionPlan, StageFacts
 from llava.sequence import (
     BLANK,
@@ -55,8 +57,6 @@ from llava.sequence import (
     TokenSequence,
     dense_positions,
 )
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass
@@ -228,6 +228,11 @@ class StagedModelMixin:
         right in front of `layers` wants of the layer before it.
         """
         sequence = replace(sequence)  # the caller's object stays as it is
+        runner = None if cache is None else cache.runner
+        if runner is None:
+            runner = layer_runner(plan.program, self.config)
+        if cache is not None:
+            cache.runner = runner
         facts = upload_facts(stages, sequence.facts.device)
         rotary = self.rotary_emb(sequence.hidden, position_ids=sequence.position)
         measured = measured or {}
@@ -248,13 +253,11 @@ class StagedModelMixin:
             stage = stages[number].within(layers)
             if stage.start >= stage.stop:  # a cut before the LLM: no layer sees it uncut
                 continue
-            if cache is not None:
-                cache.open(stage.start, stage.stop, sequence)
             following = stages[number + 1].cut if number + 1 < len(stages) else None
             if following is not None and following.at not in layers:
                 following = None
             hidden, measured = self._run_stage(
-                sequence, stage, following, rotary, cache, plan.program, record, kwargs
+                sequence, stage, following, rotary, cache, runner, record, kwargs
             )
             sequence.hidden = hidden
             if hidden.device != sequence.facts.device:
@@ -269,24 +272,27 @@ class StagedModelMixin:
         following: Cut | None,
         rotary: tuple[Tensor, Tensor],
         cache: StagedCache | None,
-        program: LayerProgram | None,
+        runner: LayerRunner | None,
         record: Record,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, dict[Signal, Tensor]]:
         """Layers of equal length: their output, and what the following cut wants measured at the
         input of the last of them."""
-        context = attend(self.config, sequence, cache, stage)
-        prepared = program.prepare(sequence) if program is not None else None
+        layers = range(stage.start, stage.stop)
+        opened = None if cache is None else cache.open(stage.start, stage.stop, sequence)
+        context = attend(self.config, sequence, cache, stock_layers(layers, runner))
+        prepared = None
+        if runner is not None:
+            prepared = runner.open(sequence, rotary, layers, opened)
         measured: dict[Signal, Tensor] = {}
         hidden = sequence.hidden
-        for index in range(stage.start, stage.stop):
+        for index in layers:
             record.see(index, hidden)
-            via = program.layer(index) if program is not None else None
-            extra = {} if via is None else {"via": via, "prepared": prepared}
+            extra = {} if runner is None else runner.extra(index, prepared)
             here = replace(sequence, hidden=hidden)
             hidden = self.layers[index](
                 hidden,
-                attention_mask=context.masks[attention_kind(self.config, index)],
+                attention_mask=context.masks.get(attention_kind(self.config, index)),
                 position_ids=None,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -296,7 +302,7 @@ class StagedModelMixin:
                 **kwargs,
             )
             if following is not None and index == stage.stop - 1:
-                stored = cache if via is None else None
+                stored = None if extra else cache
                 measured = self._measure(following, -1, here, rotary, stored)
         return hidden, measured
 
@@ -480,17 +486,23 @@ class StagedModelMixin:
         tables = self.rotary_emb(hidden, position_ids=positions)
         tables = [table.chunk(len(steps)) for table in tables]
         for number, (stage, (_, valid)) in enumerate(zip(cache.stages, steps, strict=True)):
-            masks = _masks(self.config, hidden, valid, cache, range(stage.start, stage.stop))
-            for index in range(stage.start, stage.stop):
+            layers, runner = range(stage.start, stage.stop), cache.runner
+            masks = _masks(self.config, hidden, valid, cache, stock_layers(layers, runner))
+            prepared = None
+            if runner is not None:
+                prepared = runner.step(stage, cache.seen(stage), count, hidden)
+            for index in layers:
                 if record is not None:
                     record.see(index, hidden)
+                extra = {} if runner is None else runner.extra(index, prepared)
                 hidden = self.layers[index](
                     hidden,
-                    attention_mask=masks[attention_kind(self.config, index)],
+                    attention_mask=masks.get(attention_kind(self.config, index)),
                     position_ids=None,
                     past_key_values=cache,
                     use_cache=True,
                     position_embeddings=(tables[0][number], tables[1][number]),
+                    **extra,
                     **kwargs,
                 )
         return hidden
@@ -751,19 +763,15 @@ class AttendContext:
     kwargs: dict[str, Any]
 
 
-def attention_kind(config: Any, index: int) -> str:
-    """ "full_attention" or "sliding_attention" of layer `index`."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return layer_types[index]
-    return SLIDING if getattr(config, "sliding_window", None) is not None else FULL
+def stock_layers(layers: range, runner: LayerRunner | None) -> Sequence[int]:
+    """Those of `layers` that run their own forward."""
+    return [index for index in layers if runner is None or not runner.runs(index)]
 
 
 def attend(
-    config: Any, sequence: TokenSequence, cache: StagedCache | None, stage: StageFacts
+    config: Any, sequence: TokenSequence, cache: StagedCache | None, layers: Sequence[int]
 ) -> AttendContext:
-    """Masks or varlen arguments of one stage, made once. Only this function knows the layout."""
-    layers = range(stage.start, stage.stop)
+    """Masks or varlen arguments of `layers`, made once. Only this function knows the layout."""
     if sequence.layout.kind == "packed":
         return _attend_packed(config, sequence, layers)
     # Padding on the right is never seen by a causal row of a real token: no mask is needed.
@@ -772,7 +780,11 @@ def attend(
 
 
 def _masks(
-    config: Any, hidden: Tensor, valid: Tensor | None, cache: StagedCache | None, layers: range
+    config: Any,
+    hidden: Tensor,
+    valid: Tensor | None,
+    cache: StagedCache | None,
+    layers: Sequence[int],
 ) -> dict[str, Any]:
     """Causal masks for `layers`, one a kind, sized from the cache layer of that kind.
 
@@ -796,7 +808,7 @@ def _masks(
     return masks
 
 
-def _attend_packed(config: Any, sequence: TokenSequence, layers: range) -> AttendContext:
+def _attend_packed(config: Any, sequence: TokenSequence, layers: Sequence[int]) -> AttendContext:
     """Samples one behind the other must not see each other.
 
     flash_attention_2 and our own "varlen" take transformers' four varlen arguments. eager and sdpa

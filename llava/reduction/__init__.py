@@ -19,12 +19,15 @@ from llava.reduction.plan import (
 )
 from llava.reduction.pyramiddrop import PyramidDrop
 from llava.reduction.simignore import Simignore
+from llava.reduction.yopo import YOPO, DropVisual
 
 __all__ = [
     "CONFIG_KEY",
     "REDUCERS",
+    "YOPO",
     "AdaptPrune",
     "Cut",
+    "DropVisual",
     "FastV",
     "LayerProgram",
     "PyramidDrop",

@@ -9,14 +9,14 @@ Shape suffixes: G groups that compete (pictures or samples) · N tokens of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from llava.sequence import Per, TokenSequence
+from llava.sequence import Per
 
 
 @dataclass(frozen=True)
@@ -140,21 +140,53 @@ class Reducer(Protocol):
         ...
 
 
+@runtime_checkable
 class LayerProgram(Protocol):
-    """Runs some layers in another way than their own forward (heads or channels left out).
+    """Settings of a method that runs some layers in another way than their own forward (heads or
+    channels left out). Numbers only: `llava.model.layer_programs` has the code that runs them.
 
-    `first_free` is the first layer that the program leaves alone: cuts must not lie inside it.
+    `name` is its key in `llava.reduction.REDUCERS`. `first_free` is the first layer that the
+    program leaves alone, None when it runs them all: no cut may lie inside it. reads_text: False
+    when it does the same for every question about a picture.
     """
 
-    first_free: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def first_free(self) -> int | None: ...
+    @property
+    def reads_text(self) -> bool: ...
 
-    def prepare(self, sequence: TokenSequence) -> dict[str, Tensor]:
-        """Indices and masks of one stage, made once and handed to every `layer` call of it."""
+    def validate(self, num_layers: int, heads: int | None = None) -> None:
+        """ValueError when it does not fit a decoder of that depth (and number of query heads)."""
         ...
 
-    def layer(self, index: int) -> Callable[..., Any] | None:
-        """A `via` for layer `index`, or None for its own forward."""
+    def layer_cost(self, shape: Any, index: int, length: int, visual: int) -> LayerCost | None:
+        """What layer `index` costs for a sample; None where it runs as usual. shape: a
+        `llava.reduction.flops.ModelShape`."""
         ...
+
+    def notes(self, shape: Any, visual_macs: float, without: float) -> tuple[str, ...]:
+        """Lines for `llava flops`, e.g. published figures. visual_macs, without: the papers' count
+        of a whole plan with this program, and of none."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments: enough to build the same program again."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer over one sample. visual_macs: multiply-accumulates over visual tokens, as papers
+    count them. flops: what the hardware does, 2 a multiply-accumulate. keys: stored key/value
+    pairs, one a token and key head. pairs: query-key products of one later token, one a key and
+    query head."""
+
+    visual_macs: float
+    flops: int
+    keys: int
+    pairs: int
 
 
 def missing_text(signal: Signal) -> str:

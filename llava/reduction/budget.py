@@ -105,6 +105,8 @@ class Budget:
 
 
 # ----------------------------------------------------------------------------- one number, one plan
+METHODS = [name for name, method in REDUCERS.items() if hasattr(method, "from_shares")]
+"""Methods that keep a share of the tokens. YOPO keeps them all and is set by heads and neurons."""
 Build = Callable[[Sequence[int], Sequence[float]], ReductionPlan]
 
 
@@ -127,13 +129,13 @@ def fractions_of(depth: int, lowest: int = 1) -> list[tuple[int, ...]]:
 
 
 def family_of(method: str) -> Family:
-    """The family of a method of `REDUCERS`.
+    """The family of one of `METHODS`.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or it keeps no share of the tokens.
     """
-    if method not in REDUCERS:
-        raise ValueError(f"method {method!r} is unknown; accepted: {', '.join(REDUCERS)}")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not solved for; accepted: {', '.join(METHODS)}")
 
     chosen = REDUCERS[method]
 
@@ -397,7 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava plan",
         description="Layers and ratios of a method that keep within a budget.",
     )
-    parser.add_argument("--method", default="pyramiddrop", help=", ".join(REDUCERS))
+    parser.add_argument("--method", default="pyramiddrop", help=", ".join(METHODS))
     asked = parser.add_argument_group("budget (one of them)").add_mutually_exclusive_group(
         required=True
     )

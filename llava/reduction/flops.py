@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llava.reduction.base import LayerCost
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.reduction.plan import ReductionPlan, StageFacts
 from llava.sequence import Layout
@@ -212,20 +213,39 @@ def visual_counts(stages: Sequence[StageFacts], sample: int = 0) -> list[int]:
 
 def mean_visual_macs(shape: ModelShape, stages: Sequence[StageFacts]) -> float:
     """The papers' figure, averaged over the samples of the schedule."""
-    samples = len(stages[0].visual)
-    return sum(visual_macs(shape, visual_counts(stages, i)) for i in range(samples)) / samples
+    total = sum(cost.visual_macs for stage in stages for cost in layer_costs(shape, stage))
+    return total / len(stages[0].visual)
 
 
 # ----------------------------------------------------------------------------- full FLOPs
-def _layer_flops(shape: ModelShape, length: int) -> int:
-    """One decoder layer over ``length`` tokens of one sample, the causal half of the attention."""
+def layer_costs(shape: ModelShape, stage: StageFacts) -> list[LayerCost]:
+    """Every layer of one stage over every sample; a layer program says what its own layers cost."""
+    samples = list(zip(stage.lengths, stage.visual, strict=True))
+    usual = [_usual_cost(shape, *sample) for sample in samples]
+    if stage.program is None:
+        return usual * (stage.stop - stage.start)
+    return [
+        stage.program.layer_cost(shape, index, *sample) or otherwise
+        for index in range(stage.start, stage.stop)
+        for sample, otherwise in zip(samples, usual, strict=True)
+    ]
+
+
+def _usual_cost(shape: ModelShape, length: int, visual: int) -> LayerCost:
+    """A decoder layer as it is: all heads and channels, the causal half of the attention."""
+    one_layer = replace(shape, layers=1)
     pairs = length * (length + 1) // 2
-    return 2 * length * shape.layer_weights + 4 * shape.heads * shape.head_dim * pairs
+    return LayerCost(
+        visual_macs=visual_macs(one_layer, [visual]),
+        flops=2 * length * shape.layer_weights + 4 * shape.heads * shape.head_dim * pairs,
+        keys=length * shape.kv_heads,
+        pairs=length * shape.heads,
+    )
 
 
 def stage_flops(shape: ModelShape, stage: StageFacts) -> int:
     """All decoder layers of one stage over all samples."""
-    return (stage.stop - stage.start) * sum(_layer_flops(shape, n) for n in stage.lengths)
+    return sum(cost.flops for cost in layer_costs(shape, stage))
 
 
 def head_flops(shape: ModelShape, rows: int) -> int:
@@ -243,13 +263,11 @@ def prefill_flops(
 
 def decode_flops(shape: ModelShape, stages: Sequence[StageFacts], step: int = 1) -> int:
     """One decode step of all samples; ``step`` counts from 1, the first token after the prompt."""
-    total = 0
-    for stage in stages:
-        per_layer = sum(
-            2 * shape.layer_weights + 4 * shape.heads * shape.head_dim * (n + step)
-            for n in stage.lengths
-        )
-        total += (stage.stop - stage.start) * per_layer
+    total = sum(
+        2 * shape.layer_weights + 4 * shape.head_dim * (cost.pairs + shape.heads * step)
+        for stage in stages
+        for cost in layer_costs(shape, stage)
+    )
     return total + head_flops(shape, len(stages[0].lengths))
 
 
@@ -297,10 +315,10 @@ def kv_bytes(
     shape: ModelShape, stages: Sequence[StageFacts], width: int = 2, extra: int = 0
 ) -> int:
     """Bytes of all samples' key/value cache, ``extra`` decoded tokens included."""
-    tokens = sum(
-        (stage.stop - stage.start) * sum(n + extra for n in stage.lengths) for stage in stages
+    keys = sum(
+        cost.keys + shape.kv_heads * extra for stage in stages for cost in layer_costs(shape, stage)
     )
-    return width * 2 * shape.kv_heads * shape.head_dim * tokens
+    return width * 2 * shape.head_dim * keys
 
 
 @dataclass(frozen=True)
@@ -417,6 +435,10 @@ def with_tokens(preset: Preset, visual: int | None, text: int | None) -> Preset:
 def report(preset: Preset, plan: ReductionPlan) -> dict[str, Any]:
     """The figures of ``llava flops`` as a dict (what ``--json`` writes)."""
     now, none = cost(preset, plan), cost(preset, ReductionPlan())
+    notes: list[str] = []
+    if plan.program is not None:
+        macs = (now.visual_tmacs * TERA, none.visual_tmacs * TERA)
+        notes = list(plan.program.notes(preset.shape, *macs))
     end_to_end = (none.full_tflops + none.vision_tflops) / (now.full_tflops + none.vision_tflops)
     return {
         "plan": now.plan,
@@ -432,6 +454,7 @@ def report(preset: Preset, plan: ReductionPlan) -> dict[str, Any]:
         "ideal_end_to_end_speedup": end_to_end,
         "decode_gflops_per_token": now.decode_gflops,
         "kv_cache_mib_16bit": now.kv_mib,
+        "notes": notes,
         "none": {
             "visual_tmacs": none.visual_tmacs,
             "full_tflops": none.full_tflops,
@@ -471,7 +494,7 @@ def format_report(name: str, layers: int, result: dict[str, Any]) -> str:
     lines.append(
         f"{'... with tower and projector':<36}{result['ideal_end_to_end_speedup']:>10.3f} x"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *result["notes"]])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from llava.reduction.fastv import FastV
 from llava.reduction.forms import Parts, build, changed, pairs, spell, split_parts
 from llava.reduction.pyramiddrop import PyramidDrop
 from llava.reduction.simignore import Simignore
+from llava.reduction.yopo import YOPO, DropVisual
 from llava.sequence import PER, Layout
 
 CONFIG_KEY = "visual_token_reduction"
@@ -41,6 +42,8 @@ REDUCERS: dict[str, Any] = {
     "fastv": FastV,
     "simignore": Simignore,
     "adaptprune": AdaptPrune,
+    "yopo": YOPO,
+    "drop_visual": DropVisual,
 }
 
 
@@ -54,6 +57,8 @@ class Cut:
     def __post_init__(self) -> None:
         if isinstance(self.at, bool) or not isinstance(self.at, int) or self.at < 0:
             raise ValueError(f"cut at layer {self.at!r} is not accepted; give an integer >= 0")
+        if not isinstance(self.reducer, Reducer):
+            raise ValueError(f"{self.reducer!r} does not choose tokens, so it cannot be a cut")
         if self.reducer.per not in PER:
             raise ValueError(f"per {self.reducer.per!r} is unknown; accepted: {', '.join(PER)}")
         for signal in self.reducer.signals:
@@ -70,6 +75,7 @@ class StageFacts:
 
     cut: what happened in front of `start` (None for the first stage). before: the layout in front
     of the cut, with the groups that competed. regroup: index of each earlier group among them.
+    program: the plan's; it may run some of these layers.
     """
 
     start: int
@@ -78,6 +84,7 @@ class StageFacts:
     cut: Cut | None = None
     before: Layout | None = None
     regroup: tuple[int, ...] = ()
+    program: LayerProgram | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -137,12 +144,19 @@ class ReductionPlan:
                     f"{first.reducer.per!r}; later cuts may only get coarser ({', '.join(PER)})"
                 )
         if self.program is not None:
-            for cut in self.cuts:
-                if 0 < cut.at < self.program.first_free:
-                    raise ValueError(
-                        f"the cut at layer {cut.at} lies inside the layer program; accepted: 0 or "
-                        f"{self.program.first_free} and later"
-                    )
+            self._check_program(self.program)
+
+    def _check_program(self, program: LayerProgram) -> None:
+        if not isinstance(program, LayerProgram):
+            raise ValueError(f"{program!r} is no layer program")
+        free = program.first_free
+        for cut in self.cuts:
+            if cut.at > 0 and (free is None or cut.at < free):
+                later = "" if free is None else f" or {free} and later"
+                raise ValueError(
+                    f"the cut at layer {cut.at} lies inside the layer program {program.name}; "
+                    f"accepted: 0{later}"
+                )
 
     def __bool__(self) -> bool:
         return bool(self.cuts) or self.program is not None
@@ -215,6 +229,7 @@ class ReductionPlan:
         said = _agree(shared)
         if "positions" not in said:
             said["positions"] = _preset_positions([name for name, _ in parts])
+        cuts.sort(key=lambda cut: cut.at)
         return cls(tuple(cuts), program=programs[0] if programs else None, **said)
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +239,7 @@ class ReductionPlan:
         if self.rerank:
             data["rerank"] = True
         if self.program is not None:
-            data["program"] = {"method": _name_of(self.program), **_options_of(self.program)}
+            data["program"] = {"method": _name_of(self.program), **self.program.options()}
         data["cuts"] = [
             {"at": cut.at, "method": cut.reducer.name, **cut.reducer.options()} for cut in self.cuts
         ]
@@ -273,7 +288,7 @@ class ReductionPlan:
         parts = []
         if self.program is not None:
             name = _name_of(self.program)
-            options = changed(REDUCERS[name], _options_of(self.program))
+            options = changed(REDUCERS[name], self.program.options())
             brought = REDUCERS[name].from_options(options).cuts
             cuts = [cut for cut in cuts if cut not in brought]
             parts.append((name, options))
@@ -296,11 +311,8 @@ class ReductionPlan:
                     f"the cut at layer {cut.at} does not fit a model of {num_layers} layers; "
                     f"accepted: 0 to {num_layers - 1}"
                 )
-        if self.program is not None and self.program.first_free > num_layers:
-            raise ValueError(
-                f"the layer program reaches layer {self.program.first_free - 1}; the model has "
-                f"{num_layers} layers"
-            )
+        if self.program is not None:
+            self.program.validate(num_layers)
 
     def schedule(
         self,
@@ -318,7 +330,7 @@ class ReductionPlan:
         """
         self.validate(num_layers)
         stops = [cut.at for cut in self.cuts] + [num_layers]
-        stages = [StageFacts(0, stops[0], layout)]
+        stages = [StageFacts(0, stops[0], layout, program=self.program)]
         for cut, stop in zip(self.cuts, stops[1:], strict=True):
             before, regroup = stages[-1].layout.coarsen(cut.reducer.per)
             budgets = []
@@ -329,7 +341,8 @@ class ReductionPlan:
                 budgets.append(min(group.count, max(budget, group.protected)))
             if counts and len(stages) in counts:
                 budgets = list(counts[len(stages)])
-            stages.append(StageFacts(cut.at, stop, before.after(budgets), cut, before, regroup))
+            after = before.after(budgets)
+            stages.append(StageFacts(cut.at, stop, after, cut, before, regroup, self.program))
         return tuple(stages)
 
     @property
@@ -340,8 +353,8 @@ class ReductionPlan:
 
     def shared_depth(self, num_layers: int) -> int:
         """Layers that all questions about one picture have in common: up to the first cut that
-        reads the question."""
-        if self.rerank and self.cuts:
+        reads the question, none when every question is ranked anew or the program reads it."""
+        if (self.rerank and self.cuts) or (self.program is not None and self.program.reads_text):
             return 0
         return min([cut.at for cut in self.cuts if cut.reducer.reads_text], default=num_layers)
 
@@ -440,10 +453,6 @@ def _name_of(program: LayerProgram) -> str:
     raise ValueError(
         f"a plan with the layer program {type(program).__name__} cannot be written as JSON"
     )
-
-
-def _options_of(program: Any) -> dict[str, Any]:
-    return program.options()
 
 
 def _made(entry: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ import pyramiddrop_cases
 import recorded
 import torch
 import training_cases
+import yopo_cases
 from transformers.utils import logging as transformers_logging
 
 from llava.reduction import REDUCERS
@@ -38,7 +39,7 @@ from llava.reduction import REDUCERS
 # Subjects that recorded folders exist for; those without a checker here are not built yet.
 SUBJECTS = ("pyramiddrop", "fastv", "simignore", "adaptprune", "yopo", "eval")
 # Of each method, the module whose `run_case(folder)` runs a case: [(variant, Check)].
-CHECKERS = {"pyramiddrop": pyramiddrop_cases, "fastv": fastv_cases}
+CHECKERS = {"pyramiddrop": pyramiddrop_cases, "fastv": fastv_cases, "yopo": yopo_cases}
 PREPROCESS_FILES = (
     *preprocess_cases.CHECKS,
     training_cases.LABELS_FILE,

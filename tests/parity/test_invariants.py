@@ -48,10 +48,12 @@ def run(model: Any, samples: Any, plan: str, side: str = "right", **more: Any) -
         return model(**inputs, reduction=PLANS[plan], return_trace=True, **more)
 
 
-def same(one: Any, sample_one: int, two: Any, sample_two: int) -> None:
+def same(
+    one: Any, sample_one: int, two: Any, sample_two: int, tolerance: float = TOLERANCE
+) -> None:
     assert kept(one, sample_one) == kept(two, sample_two)
     torch.testing.assert_close(
-        rows(one, sample_one), rows(two, sample_two), atol=TOLERANCE, rtol=TOLERANCE
+        rows(one, sample_one), rows(two, sample_two), atol=tolerance, rtol=tolerance
     )
 
 
@@ -73,7 +75,8 @@ def test_eager_is_sdpa(family, plan):
     eager = run(tiny_model(family, "eager"), prompts(), plan, "left")
     sdpa = run(tiny_model(family, "sdpa"), prompts(), plan, "left")
     for index in range(len(prompts())):
-        same(eager, index, sdpa, index)
+        # Two kernels round differently, and six layers of large weights make that grow.
+        same(eager, index, sdpa, index, 2 * TOLERANCE)
 
 
 @pytest.mark.parametrize("plan", ["pyramiddrop", "pyramiddrop, whole sample"])

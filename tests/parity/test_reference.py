@@ -19,15 +19,20 @@ def failures(folder: Path) -> list[str]:
     return [line for good, line in lines if not good]
 
 
-def test_stored_cases():
-    assert failures(DATA / "pyramiddrop") == []
+METHODS = ("pyramiddrop", "yopo")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stored_cases(method):
+    assert failures(DATA / method) == []
 
 
 @pytest.mark.skipif(reference_root() is None, reason="no folder of recorded cases")
-def test_all_recorded_cases():
+@pytest.mark.parametrize("method", METHODS)
+def test_all_recorded_cases(method):
     root = reference_root()
     assert root is not None
-    assert failures(root / "pyramiddrop") == []
+    assert failures(root / method) == []
 
 
 def copy_case(tmp_path: Path) -> Path:

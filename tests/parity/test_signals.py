@@ -10,7 +10,8 @@ import torch
 from test_transformers import STOCK
 from tiny import FAMILIES, PLANS, SIZES, VISUAL, batch, prompts, tiny_model
 
-from llava.reduction import Cut, ReductionPlan, Signal, View
+from llava.model.layer_programs import RUNNERS
+from llava.reduction import YOPO, Cut, ReductionPlan, Signal, View
 from llava.reduction.base import keep_highest
 
 AT = 3
@@ -157,30 +158,40 @@ def test_rows_in_front_of_answers_rank_in_training():
     torch.testing.assert_close(probe.seen[0].signals[signal][0], rows[place])
 
 
-def test_a_layer_program_runs_layers_its_own_way():
-    """`via` reaches the layer; prepared tensors arrive; other layers run as usual."""
+def test_a_layer_program_runs_layers_its_own_way(monkeypatch):
+    """`via` reaches the layer; what was opened arrives; other layers run as usual."""
     ours, calls = tiny_model(), []
 
-    class Twice:
-        first_free = 2
+    class Twice(YOPO):
+        name = "twice"
 
-        def prepare(self, sequence: Any) -> dict[str, Any]:
+    class Runner:
+        def __init__(self, settings: Any, config: Any) -> None:
+            self.stop = settings.first_free
+
+        def runs(self, index: int) -> bool:
+            return index < self.stop
+
+        def open(self, sequence: Any, rotary: Any, layers: range, record: Any) -> Any:
             return {"rows": sequence.origin}
 
-        def layer(self, index: int) -> Any:
-            if index >= self.first_free:
-                return None
+        def step(self, record: Any, seen: int, count: int, like: Any) -> Any:
+            raise NotImplementedError
 
+        def extra(self, index: int, prepared: Any) -> dict[str, Any]:
             def via(layer: Any, hidden: Any, *, prepared: Any, **kwargs: Any) -> Any:
                 calls.append((index, prepared["rows"].shape))
-                return layer(hidden, **kwargs)
+                return layer(hidden, **{**kwargs, "attention_mask": None})
 
-            return via
+            return {"via": via, "prepared": prepared} if self.runs(index) else {}
 
-    inputs = batch(prompts())
-    plan = ReductionPlan(PLANS["pyramiddrop, original positions"].cuts, program=Twice())
+    monkeypatch.setitem(RUNNERS, "twice", Runner)
+    inputs = {**batch(prompts()), "use_cache": False}  # padding on the right needs no mask
+    plan = ReductionPlan(
+        PLANS["pyramiddrop, original positions"].cuts, "original", program=Twice(layers=2)
+    )
     with torch.no_grad():
         got = ours(**inputs, reduction=plan).logits
-        expected = ours(**inputs, reduction=ReductionPlan(plan.cuts)).logits
+        expected = ours(**inputs, reduction=ReductionPlan(plan.cuts, "original")).logits
     torch.testing.assert_close(got, expected)
     assert [index for index, _ in calls] == [0, 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.reduction import REDUCERS, ReductionPlan, budget
+from llava.reduction import ReductionPlan, budget
 from llava.reduction.budget import Budget, figures, solve
 from llava.reduction.flops import get_preset, with_tokens
 
@@ -36,7 +36,7 @@ def test_the_averages_users_ask_for(average: int, layers: tuple[int, ...]) -> No
     assert all(other.figures.average_tokens <= average for other in others)
 
 
-@pytest.mark.parametrize("method", sorted(REDUCERS))
+@pytest.mark.parametrize("method", budget.METHODS)
 @pytest.mark.parametrize("kind", sorted(Budget.KINDS))
 def test_nothing_larger_would_fit(method: str, kind: str) -> None:
     """One more step of λ that changes any count leaves the budget."""

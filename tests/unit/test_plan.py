@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava.reduction import (
+    YOPO,
     AdaptPrune,
     Cut,
     FastV,
@@ -284,17 +285,18 @@ def test_which_plan_wins():
 
 
 def test_cuts_may_not_lie_inside_a_layer_program():
-    class Program:
-        first_free = 4
+    class Own(YOPO):
+        """A program that stands in no table."""
 
-        def prepare(self, sequence):
-            return {}
-
-        def layer(self, index):
-            return None
-
-    ReductionPlan((Cut(0, Random(0.5)), Cut(4, Random(0.2))), program=Program())
-    with pytest.raises(ValueError, match="inside"):
-        ReductionPlan((Cut(2, Random(0.5)),), program=Program())
+    program = YOPO(layers=4)
+    ReductionPlan((Cut(0, Random(0.5)), Cut(4, Random(0.2))), program=program)
+    with pytest.raises(ValueError, match="accepted: 0 or 4 and later"):
+        ReductionPlan((Cut(2, Random(0.5)),), program=program)
+    with pytest.raises(ValueError, match="accepted: 0$"):
+        ReductionPlan((Cut(5, Random(0.5)),), program=YOPO(layers=4, mode="leaky"))
     with pytest.raises(ValueError, match="JSON"):
-        ReductionPlan(program=Program()).to_dict()
+        ReductionPlan(program=Own(layers=2)).to_dict()
+    with pytest.raises(ValueError, match="no layer program"):
+        ReductionPlan(program=Random(0.5))
+    with pytest.raises(ValueError, match="cannot be a cut"):
+        Cut(2, program)
