@@ -8,7 +8,7 @@ padded on either side.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,10 @@ def load_decoder(case: Path, backend: str) -> tuple[Any, dict, dict, dict]:
     config._attn_implementation = backend
     model = LlavaLlamaForCausalLM(config).eval()
     meta = json.loads((case / "meta.json").read_text())
-    weights = load_file(case / meta.get("weights", "weights.safetensors"))
+    stored = meta.get("weights", "weights.safetensors")
+    weights = (
+        seeded_weights(values, stored) if isinstance(stored, dict) else load_file(case / stored)
+    )
     weights = {name: value for name, value in weights.items() if "inv_freq" not in name}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
@@ -82,6 +85,45 @@ def load_decoder(case: Path, backend: str) -> tuple[Any, dict, dict, dict]:
     model.generation_config.eos_token_id = None  # the recordings run on for a fixed count
     inputs, expected = (load_file(case / f"{name}.safetensors") for name in ("inputs", "expected"))
     return model, meta, inputs, expected
+
+
+def seeded_weights(values: dict, stored: dict) -> dict[str, Tensor]:
+    """The weights of FastV's and Simignore's recordings, which are draws from one seed, in the
+    order of the layers; so a stored case need not hold them.
+
+    stored: {"seed", "sum"}; ValueError when the sum of all magnitudes shows that this torch draws
+    other numbers.
+    """
+    generator = torch.Generator().manual_seed(stored["seed"])
+    size, inner = values["hidden_size"], values["intermediate_size"]
+    kv_size = size // values["num_attention_heads"] * values["num_key_value_heads"]
+    square, wide = ((size, size), 1.0), ((inner, size), 1.0)
+    layer = {
+        "self_attn.q_proj": ((size, size), 1.7),
+        "self_attn.k_proj": ((kv_size, size), 1.7),
+        "self_attn.v_proj": ((kv_size, size), 1.0),
+        "self_attn.o_proj": square,
+        "mlp.gate_proj": wide,
+        "mlp.up_proj": wide,
+        "mlp.down_proj": ((size, inner), 1.0),
+    }
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weights = {"model.embed_tokens.weight": draw(values["vocab_size"], size)}
+    for index in range(values["num_hidden_layers"]):
+        name = f"model.layers.{index}"
+        for part, (shape, scale) in layer.items():
+            weights[f"{name}.{part}.weight"] = draw(*shape) * (scale / shape[1] ** 0.5)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{name}.{norm}.weight"] = 1 + 0.1 * draw(size)
+    weights["model.norm.weight"] = 1 + 0.1 * draw(size)
+    weights["lm_head.weight"] = draw(values["vocab_size"], size) * (2 / size**0.5)
+    total = sum(float(value.double().abs().sum()) for value in weights.values())
+    if abs(total - stored["sum"]) > 1e-6 * total:
+        raise ValueError(f"seed {stored['seed']} gives weights of sum {total}, not {stored['sum']}")
+    return weights
 
 
 @dataclass(frozen=True)
@@ -102,8 +144,10 @@ class Embedded:
         return replace(self, hidden=self.hidden[:-count])
 
 
-def sequence_of(samples: Sequence[Embedded], kind: Kind) -> TokenSequence:
-    """The batch as `build_sequence` would make it."""
+def sequence_of(
+    samples: Sequence[Embedded], kind: Kind, side_texts: Mapping[str, Tensor] | None = None
+) -> TokenSequence:
+    """The batch as `build_sequence` would make it. side_texts: its `texts`."""
     texts, pictures, patches = [], [], []
     for sample in samples:
         behind = sample.start + sample.visual
@@ -125,7 +169,8 @@ def sequence_of(samples: Sequence[Embedded], kind: Kind) -> TokenSequence:
         padded[row, first : first + len(text)] = text
         if sample.visual:
             ids[row, first + sample.start] = IMAGE_TOKEN_INDEX
-    plan = splice(ids, mask, None, pictures, kind, None)
+    arrays = {name: rows.numpy() for name, rows in (side_texts or {}).items()}
+    plan = splice(ids, mask, None, pictures, kind, None, arrays)
     sequence = embed_splice(plan, padded, torch.cat(patches)[None] if patches else None, None)
     sequence.inputs["seed"] = sample_seeds(plan, None, padded.device)
     return sequence

@@ -29,6 +29,7 @@ import fastv_cases
 import preprocess_cases
 import pyramiddrop_cases
 import recorded
+import simignore_cases
 import torch
 import training_cases
 import yopo_cases
@@ -39,7 +40,12 @@ from llava.reduction import REDUCERS
 # Subjects that recorded folders exist for; those without a checker here are not built yet.
 SUBJECTS = ("pyramiddrop", "fastv", "simignore", "adaptprune", "yopo", "eval")
 # Of each method, the module whose `run_case(folder)` runs a case: [(variant, Check)].
-CHECKERS = {"pyramiddrop": pyramiddrop_cases, "fastv": fastv_cases, "yopo": yopo_cases}
+CHECKERS = {
+    "pyramiddrop": pyramiddrop_cases,
+    "fastv": fastv_cases,
+    "simignore": simignore_cases,
+    "yopo": yopo_cases,
+}
 PREPROCESS_FILES = (
     *preprocess_cases.CHECKS,
     training_cases.LABELS_FILE,
