@@ -4,14 +4,14 @@ A case is one decoder run in up to three variants of the similarity step (`clean
 the text compared with, the first pair and the step of the walk), each with the original's FastV
 behind it (`_fastv`) and alone (`_simonly`). The recordings have no cache: every token is chosen
 from the whole text so far, with the similarity as it was and FastV anew. `derived_static_cache`
-holds what the frozen choice with a cache must give; alone, the similarity step gives the same with and
-without one. Rows of dropped tokens, which the original computes and masks, do not count.
+holds what the frozen choice with a cache must give; alone, the similarity step gives the same with
+and without one. Rows of dropped tokens, which the original computes and masks, do not count.
 
 Each variant runs alone and in a padded batch beside a text and a shorter prompt, padded on the left
-with one backend and on the right with the other.
-Where the recording's FastV looks at a span that begins one token late (the original's own
-constants), its image tokens alone cannot show the same choice: there the tokens left by the
-similarity step are put together again with FastV's span as the group, alone.
+with one backend and on the right with the other. Where the recording's FastV looks at a span that
+begins one token late (the original's own constants), its image tokens alone cannot show the same
+choice: there the tokens that the similarity step has left are put together again with FastV's span
+as the group, alone.
 """
 
 from __future__ import annotations
