@@ -69,7 +69,7 @@ class Chat:
             print("[the dialogue starts over]")
         elif command == "/reduction":
             self.engine.use_plan(rest or None)
-            print(f"[plan: {self.engine.plan} ({self.engine.plan_source})]")
+            print(f"[plan: {self.engine.plan}]")
         elif command == "/help":
             print("\n".join(f"  {name:<16}  {what}" for name, what in COMMANDS.items()))
         elif command.startswith("/"):

@@ -27,12 +27,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from llava.conversation import get_conversation, resolve_conv_mode
 from llava.decoding import Decoding, answer_text, cut_at_eos, eos_ids
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import load_checkpoint
 from llava.prompting import Turn, build_prompt, move_batch, pad_token_id, prepare_batch
 from llava.reduction import ReductionPlan, resolve_plan
-from llava.utils import get_logger
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Engine:
     """tokenizer, model and image processor of one checkpoint.
 
     conv_mode: template; None for the checkpoint's own. reduction: None for the checkpoint's plan.
+    Both are those of `model.config` for an engine from `load`.
     """
 
     def __init__(
@@ -63,40 +61,34 @@ class Engine:
     ) -> None:
         self.tokenizer, self.model, self.image_processor = tokenizer, model.eval(), image_processor
         self.name = name
-        self.conv_mode, self.conv_source = resolve_conv_mode(conv_mode, model.config)
-        self.plan, self.plan_source = ReductionPlan(), ""
+        self.conv_mode, _ = resolve_conv_mode(conv_mode, model.config)
+        self.plan = ReductionPlan()
         self.use_plan(reduction)
-        log.info("plan: %s (%s)", self.plan, self.plan_source)
-        log.info("template: %s (%s)", self.conv_mode, self.conv_source)
 
     @classmethod
     def load(
         cls,
         model_path: str | os.PathLike[str],
-        model_base: str | None = None,
-        *,
-        conv_mode: str | None = None,
-        reduction: Any = None,
-        device: str | None = None,
-        load_8bit: bool = False,
-        load_4bit: bool = False,
+        model_base: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> Engine:
-        """The engine of a checkpoint folder; arguments as `load_pretrained_model`."""
-        path = os.path.expanduser(os.fspath(model_path))
-        name = get_model_name_from_path(path)
-        tokenizer, model, image_processor, _ = load_pretrained_model(
-            path, model_base, name, load_8bit=load_8bit, load_4bit=load_4bit, device=device
-        )
+        """The engine of a checkpoint; options: the keywords of `load_checkpoint` (which logs what
+        was chosen and why), with LLaVA's dtype (float16 on a GPU, float32 on the CPU)."""
+        loaded = load_checkpoint(os.fspath(model_path), model_base, **{"dtype": None, **options})
         return cls(
-            tokenizer, model, image_processor, conv_mode=conv_mode, reduction=reduction, name=name
+            loaded.tokenizer,
+            loaded.model,
+            loaded.image_processor,
+            conv_mode=options.get("conv_mode"),
+            name=get_model_name_from_path(os.fspath(model_path)),
         )
 
     def use_plan(self, reduction: Any) -> None:
-        """From now on this plan; None for the checkpoint's. ValueError for one that does not fit;
-        then the present one stays."""
-        plan, source = resolve_plan(reduction, self.model.config)
+        """From now on this plan; None for the one it was loaded with. ValueError for one that does
+        not fit; then the present one stays."""
+        plan, _ = resolve_plan(reduction, self.model.config)
         plan.validate(self.model.config.num_hidden_layers)
-        self.plan, self.plan_source = plan, source
+        self.plan = plan
 
     def answer(
         self,

@@ -341,7 +341,7 @@ def test_commands_and_mistakes_inside_a_chat(folder, file, server, monkeypatch, 
     assert "no picture" in out
     assert "[error: image file not found: absent.png]" in out
     assert out.count("[picture 60 x 40; the dialogue starts over]") == 2
-    assert "[plan: uniform:layers=[2],ratios=[0.5] (flag)]" in out
+    assert "[plan: uniform:layers=[2],ratios=[0.5]]" in out
     assert "[error: method 'nosuch' is unknown" in out
     assert "[error: /nosuch is no command; /help lists them]" in out
     assert "[error: /image needs a path or URL]" in out
@@ -393,11 +393,11 @@ def test_a_chat_that_cannot_begin(folder, file, tmp_path, capsys):
 def test_quantisation_flags_reach_the_loader(folder, file, engine, monkeypatch):
     seen = []
 
-    def loader(path, base, name, **options):
+    def loader(path, base, **options):
         seen.append(options)
-        return engine.tokenizer, engine.model, engine.image_processor, 256
+        return engine
 
-    monkeypatch.setattr("llava.serve.engine.load_pretrained_model", loader)
+    monkeypatch.setattr("llava.serve.engine.load_checkpoint", loader)
     type_lines(monkeypatch)
     assert chat(folder, "--load-4bit", "--device", "cpu") == 0
     run_llava.eval_model(SimpleNamespace(**vars(run_llava.build_parser().parse_args(
