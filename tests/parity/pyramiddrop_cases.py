@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from on_device import on_device
 from PIL import Image
 from recorded import BACKENDS, Check
 from safetensors.torch import load_file
@@ -46,7 +47,7 @@ def load_case(case: Path, backend: str) -> tuple[Any, dict, dict, dict]:
         raise ValueError(f"{case}: missing {left}, unexpected {unexpected}")
     model.generation_config.eos_token_id = None  # the recordings run on for a fixed count
     inputs = load_file(case / "inputs.safetensors")
-    return model.eval(), meta, inputs, load_file(case / "expected.safetensors")
+    return on_device(model.eval()), meta, inputs, load_file(case / "expected.safetensors")
 
 
 def plan_of(meta: dict) -> ReductionPlan:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from on_device import BACKENDS, on_device
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from llava.model.multimodal_prep import Picture, embed_splice, sample_seeds, spl
 from llava.model.staged_cache import StagedCache, StageRecord
 from llava.sequence import Kind, TokenSequence
 
-BACKENDS = ("eager", "sdpa")
 FILES = ("meta.json", "config.json", "inputs.safetensors", "expected.safetensors")
 CONFIG_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -46,7 +46,7 @@ class Check:
     ) -> None:
         """atol, rtol: for this comparison instead of the check's own."""
         bounds = (self.atol, self.rtol) if atol is None else (atol, rtol)
-        got = torch.as_tensor(got).detach()
+        got = torch.as_tensor(got).detach().cpu()
         self.count += 1
         if got.shape != expected.shape:
             self.failures.append(f"{name}: shape {tuple(got.shape)}, not {tuple(expected.shape)}")
@@ -84,7 +84,7 @@ def load_decoder(case: Path, backend: str) -> tuple[Any, dict, dict, dict]:
         raise ValueError(f"{case}: missing {missing}, unexpected {unexpected}")
     model.generation_config.eos_token_id = None  # the recordings run on for a fixed count
     inputs, expected = (load_file(case / f"{name}.safetensors") for name in ("inputs", "expected"))
-    return model, meta, inputs, expected
+    return on_device(model), meta, inputs, expected
 
 
 def seeded_weights(values: dict, stored: dict) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ import simignore_cases
 import torch
 import training_cases
 import yopo_cases
+from on_device import DEVICE, gpu_allocations
 from transformers.utils import logging as transformers_logging
 
 from llava.reduction import REDUCERS
@@ -120,7 +121,10 @@ def run(folders: list[Path]) -> Iterator[Line]:
             name = str(folder.relative_to(root.parent))
             try:
                 if recorded.is_case(folder):
+                    before = gpu_allocations()
                     yield from run_model_case(folder, name)
+                    if DEVICE.type == "cuda" and gpu_allocations() == before:
+                        yield False, f"FAIL  {name}: nothing of it ran on the GPU"
                 elif any((folder / file).is_file() for file in PREPROCESS_FILES):
                     yield from run_preprocess(folder, name)
                 elif (folder / "expected.json").is_file():
