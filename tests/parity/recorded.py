@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from on_device import BACKENDS, on_device
+from on_device import BACKENDS, on_device  # noqa: F401  (the checkers take BACKENDS from here)
 from safetensors.torch import load_file
 from torch import Tensor
 
