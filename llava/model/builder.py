@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -36,6 +36,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
 from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
+from llava.model.tokenizers import load_tokenizer
 from llava.reduction.plan import CONFIG_KEY, FASTV_KEY, ReductionPlan, resolve_plan
 from llava.utils import get_logger
 
@@ -343,20 +344,6 @@ def _generation_config(file: Path) -> GenerationConfig:
 
 
 # -------------------------------------------------------------------------- tokenizer and processor
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-
-def load_tokenizer(folders: tuple[Path, ...]) -> Any:
-    """The tokenizer of the first folder that has one. ValueError when none has."""
-    for folder in folders:
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            try:
-                return AutoTokenizer.from_pretrained(folder)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
-    raise ValueError(f"{folders[0]} has no tokenizer; looked for {', '.join(_TOKENIZER_FILES)}")
-
-
 def _add_image_tokens(model: Any, tokenizer: Any) -> None:
     """Add LLaVA's marks where the config asks for them and the tokenizer lacks them.
 

@@ -30,7 +30,6 @@ from llava.model.assemble import Parts, assemble, check_weights
 from llava.model.builder import (
     FAMILIES,
     image_processor_of,
-    load_tokenizer,
     read_config,
     resolve_folder,
 )
@@ -38,6 +37,7 @@ from llava.model.chat_template import chat_template
 from llava.model.checkpoint_layout import read_json
 from llava.model.hf_config import nest
 from llava.model.key_maps import EMBEDDINGS, HEAD, from_llava, with_vision_model
+from llava.model.tokenizers import load_tokenizer
 from llava.utils import get_logger, json_dump, user_errors
 
 log = get_logger(__name__)

@@ -35,6 +35,7 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates
 from llava.mm_utils import crop_side
+from llava.model.tokenizers import read_tokenizer
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
     DataArguments,
@@ -217,9 +218,8 @@ def load_tokenizer(model_args: ModelArguments, max_length: int) -> Any:
     path = model_args.tokenizer_path or read_config(model_args)[0]
     if model_args.tokenizer_path and not Path(path).is_dir():
         raise FileNotFoundError(f"tokenizer folder not found: {path}")
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, model_max_length=max_length, padding_side="right"
-    )
+    read = read_tokenizer if Path(path).is_dir() else AutoTokenizer.from_pretrained
+    tokenizer = read(Path(path), model_max_length=max_length, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     # The data set counts tokens itself; transformers' own warning speaks of indexing errors.
