@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llava.model.staged_cache import StageRecord
+from llava.model.staged_cache import StagedCache, StageRecord
 from llava.model.yopo_layer import YopoRunner
 from llava.model.yopo_leaky import LeakyRunner
 from llava.reduction.plan import LayerProgram
-from llava.sequence import TokenSequence
+from llava.sequence import Layout, TokenSequence
 
 
 class LayerRunner(Protocol):
@@ -43,6 +43,18 @@ class LayerRunner(Protocol):
     def step(self, record: StageRecord, seen: int, count: int, like: Tensor) -> Any:
         """Masks of one stage for `count` tokens behind the prompt and `seen` later ones; dtype and
         device as `like`."""
+        ...
+
+    def copy(self) -> LayerRunner:
+        """For another request that begins with copies of what this one has cached."""
+        ...
+
+    def relay(
+        self, cache: StagedCache, record: StageRecord, column_BW: Tensor, layout: Layout
+    ) -> None:
+        """The columns of a stage are laid anew, ``new = old.gather(column_BW)``, `layout` being the
+        new one and record.valid telling its padding: do the same with the stage's own layers and
+        with record.extra. record.length is still the prompt's, what came later is text."""
         ...
 
     def extra(self, index: int, prepared: Any) -> dict[str, Any]:

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava.model.attention_kinds import SLIDING, attention_kind
 from llava.model.staged_cache import StagedCache, StageRecord
-from llava.model.staged_decoder import SLIDING, Record, attention_kind, upload, with_embeds
+from llava.model.staged_decoder import Record, stock_layers, upload, with_embeds
 from llava.reduction.base import Signal, counts_known
 from llava.reduction.plan import Cut, ReductionPlan, StageFacts
 from llava.sequence import ORIGIN, POSITION, QUERY, Layout, TokenSequence
@@ -127,11 +128,14 @@ class Prefix:
         for stage, (layout, _), bounds_B2, column_BW in zip(
             cache.stages, joined, bounds, columns, strict=False
         ):
-            cache.relay(range(stage.start, stage.stop), column_BW)
-            stage.length = layout.width
-            stage.next_position = stage.next_position + length_B
             place = torch.arange(layout.width, device=device)
             stage.valid = place >= bounds_B2[:, :1] if layout.is_padded else None
+            layers = stock_layers(range(stage.start, stage.stop), cache.runner)
+            cache.relay(layers, column_BW)
+            if cache.runner is not None:
+                cache.runner.relay(cache, stage, column_BW, layout)
+            stage.length = layout.width
+            stage.next_position = stage.next_position + length_B
 
         facts = suffix.facts.clone()
         facts[..., POSITION] += following[-1][:, None]
@@ -173,8 +177,8 @@ class Prefix:
             return tensor.index_select(0, owner_B.to(tensor.device))
 
         for index in range(self.depth):
-            layer = self.cache.layers[index]
-            cache.update(rows(layer.keys), rows(layer.values), index)
+            cache.adopt(index, self.cache.layers[index], rows)
+        cache.runner = None if self.cache.runner is None else self.cache.runner.copy()
         cache.stages = [
             StageRecord(
                 stage.start,
@@ -182,6 +186,7 @@ class Prefix:
                 stage.length,
                 None if stage.valid is None else rows(stage.valid),
                 position_B,
+                {name: rows(value) for name, value in stage.extra.items()},
             )
             for stage, position_B in zip(self.cache.stages, following, strict=False)
         ]
@@ -241,8 +246,6 @@ def encode_prefix(
 def sharable_layers(decoder: Any, plan: ReductionPlan, width: int) -> int:
     """Layers that questions of one picture can share when prompts have up to `width` tokens."""
     depth = plan.shared_depth(len(decoder.layers))
-    if plan.program is not None:  # it has no form for further tokens on a cache
-        return 0
     depth = min([depth, *(cut.at for cut in plan.cuts if not counts_known(cut.reducer))])
     config = decoder.config
     for index in range(depth):

@@ -7,7 +7,7 @@ decoder asks nothing else, so no counter has to be kept in step and beams can be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,15 @@ class SplitLayer(PrefillLayer):
         if not self.is_initialized:
             return 0
         return self.length + self.keys.shape[-2] - self.prefilled
+
+    def relay(self, column_BT: Tensor, length: int) -> None:
+        """Lay the text columns anew by one gather; the whole counts as `length` slots then."""
+        column = column_BT.to(self.keys.device)[:, None, :, None]
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            size = (old.shape[0], old.shape[1], column.shape[2], old.shape[3])
+            setattr(self, name, old.gather(2, column.expand(size)))
+        self.length, self.prefilled = length, column.shape[2]
 
     def _map_visual(self, change: Callable[[Tensor], Tensor]) -> None:
         self.visual_keys, self.visual_values = change(self.visual_keys), change(self.visual_values)
@@ -150,7 +159,16 @@ class StagedCache(DynamicCache):
         new = stage.valid.new_ones(stage.valid.shape[0], seen + count)
         return positions, torch.cat([stage.valid, new], 1)
 
-    def relay(self, layers: range, column_BW: Tensor) -> None:
+    def adopt(self, index: int, layer: Any, rows: Callable[[Tensor], Tensor]) -> None:
+        """Begin layer `index` with what another cache's layer holds, taken row by row."""
+        if isinstance(layer, SplitLayer):
+            visual = (rows(layer.visual_keys), rows(layer.visual_values))
+            self.layers[index] = SplitLayer(*visual, length=layer.length)
+        elif type(layer) is PrefillLayer:
+            self.layers[index] = PrefillLayer()
+        self.update(rows(layer.keys), rows(layer.values), index)
+
+    def relay(self, layers: Sequence[int], column_BW: Tensor) -> None:
         """Gather the stored columns of some layers: slot w of row b becomes column_BW[b, w].
 
         Only before anything is dropped: a window must hold all columns.

@@ -20,6 +20,7 @@ K key heads · k kept query heads · D hidden · d head size · q new tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -31,9 +32,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava.model.attention_kinds import FULL, SLIDING, attention_kind
-from llava.model.staged_cache import SplitLayer, StageRecord
+from llava.model.staged_cache import SplitLayer, StagedCache, StageRecord
 from llava.reduction.yopo import YOPO
-from llava.sequence import BLANK, GRID, GROUP, ORIGIN, ROW, TokenSequence
+from llava.sequence import BLANK, GRID, GROUP, ORIGIN, ROW, Layout, TokenSequence
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -438,6 +439,41 @@ class YopoRunner:
                 for keys in (text, visual)
             )
         return Stage(masks, self.indices)
+
+    def copy(self) -> YopoRunner:
+        other = copy(self)
+        other.masked = dict(self.masked)
+        return other
+
+    def relay(
+        self, cache: StagedCache, record: StageRecord, column_BW: Tensor, layout: Layout
+    ) -> None:
+        mine = [index for index in range(record.start, record.stop) if self.runs(index)]
+        if not mine:
+            return
+        text, visual = record.extra["text_column"], record.extra["visual_column"]
+        count = cache.layers[mine[0]].keys.shape[-2] - text.shape[1]
+        later = torch.arange(record.length, record.length + count, device=text.device)
+        text = torch.cat([text, later.expand(text.shape[0], -1)], 1)
+        new = self._moved(column_BW, record, record.length + count)
+        text, visual = (
+            torch.where(old >= 0, new.gather(1, old.clamp_min(0)), -1) for old in (text, visual)
+        )
+        # What is left of the text, side by side: as many columns as in a prompt that ran whole.
+        counts = [n - v for n, v in zip(layout.lengths, layout.visual, strict=True)]
+        order = (text >= 0).sort(stable=True).indices[:, -max(counts) :]
+        record.extra |= {"text_column": text.gather(1, order), "visual_column": visual}
+        for index in mine:
+            cache.layers[index].relay(order, layout.width)
+        self.masked[record.start] |= len(set(counts)) > 1
+
+    @staticmethod
+    def _moved(column_BW: Tensor, record: StageRecord, width: int) -> Tensor:
+        """[B, width]: the new column of each old one, -1 for those that are gone."""
+        batch, place = column_BW.shape[0], torch.arange(column_BW.shape[1], device=column_BW.device)
+        old = column_BW if record.valid is None else column_BW.where(record.valid, width)
+        new = column_BW.new_full((batch, width + 1), -1)
+        return new.scatter(1, old, place.expand(batch, -1))[:, :width]
 
     def extra(self, index: int, prepared: Stage) -> dict[str, Any]:
         if not self.runs(index):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.attention_kinds import attention_kind
-from llava.model.staged_cache import PrefillLayer, StageRecord
+from llava.model.staged_cache import PrefillLayer, StagedCache, StageRecord
 from llava.model.yopo_layer import (
     Rotary,
     Tables,
@@ -40,7 +40,7 @@ from llava.model.yopo_layer import (
     stage_tables,
     visual_mlp,
 )
-from llava.sequence import GROUP, TokenSequence
+from llava.sequence import GROUP, Layout, TokenSequence
 
 
 class LeakyStage(NamedTuple):
@@ -96,6 +96,18 @@ class LeakyRunner(YopoRunner):
             span = span_of(self.config, kind)
             masks[kind] = additive(in_order(column[:, -count:], column, valid, span), like.dtype)
         return LeakyStage(masks, visual, self.kept)
+
+    def relay(
+        self, cache: StagedCache, record: StageRecord, column_BW: Tensor, layout: Layout
+    ) -> None:
+        layers = [index for index in range(record.start, record.stop) if self.runs(index)]
+        if not layers:
+            return
+        cache.relay(layers, column_BW)
+        # What came later is text, and so is padding.
+        visual = F.pad(record.extra["visual"], (0, int(column_BW.shape[1])))
+        visual = visual.gather(1, column_BW)
+        record.extra["visual"] = visual if record.valid is None else visual & record.valid
 
     def extra(self, index: int, prepared: Any) -> dict[str, Any]:
         if not self.runs(index):

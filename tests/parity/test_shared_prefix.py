@@ -17,9 +17,9 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.multimodal_prep import assign_pictures, tile_counts
 from llava.model.shared_prefix import sharable_layers, without_texts
-from llava.model.staged_cache import StagedCache
+from llava.model.staged_cache import SplitLayer, StagedCache
 from llava.prompting import pad_ids
-from llava.reduction import Cut, PyramidDrop, Random, ReductionPlan, Uniform
+from llava.reduction import YOPO, Cut, PyramidDrop, Random, ReductionPlan, Uniform
 
 TOLERANCE = 1e-5
 SUFFIXES = (1, 12, 3, 5, 2, 7)
@@ -40,6 +40,13 @@ SHARED: dict[str, tuple[ReductionPlan, int]] = {
     "text-free, then by the text": (
         ReductionPlan((Cut(2, Random(0.6)), Cut(4, PyramidDrop(0.3)))),
         4,
+    ),
+    "yopo": (PLANS["yopo"], LAYERS),
+    "yopo, leaky": (PLANS["yopo, leaky"], LAYERS),
+    "random, then yopo in all layers": (PLANS["random, then yopo in all layers"], LAYERS),
+    "yopo, then by the text": (
+        ReductionPlan((Cut(0, PyramidDrop(0.7)),), program=YOPO(heads=0.5, window=3)),
+        0,
     ),
     "fastv": (ReductionPlan.parse("fastv:k=2,r=0.5"), 2),
     "text-free, then fastv": (
@@ -167,10 +174,24 @@ def same_cache(one: StagedCache, two: StagedCache) -> None:
         if a.valid is not None:
             assert torch.equal(a.valid, b.valid)
             rows = a.valid
+        layers = [cache.layers[index] for cache in (one, two)]
+        if isinstance(layers[0], SplitLayer):
+            same_split(*layers, a.extra, b.extra)
+            continue
         for name in ("keys", "values"):
-            tensors = [getattr(cache.layers[index], name) for cache in (one, two)]
+            tensors = [getattr(layer, name) for layer in layers]
             rows = rows[:, -tensors[0].shape[2] :]  # a full window has dropped the first ones
             same(*(tensor.transpose(1, 2)[rows] for tensor in tensors))
+
+
+def same_split(one: SplitLayer, two: SplitLayer, extra: Any, other: Any) -> None:
+    """Text and visual parts of a layer, and which columns they are."""
+    for kind, names in (("text", ("keys", "values")), ("visual", ("visual_keys", "visual_values"))):
+        column = extra[f"{kind}_column"]
+        assert torch.equal(column, other[f"{kind}_column"])
+        for name in names:
+            tensors = [getattr(layer, name).transpose(1, 2) for layer in (one, two)]
+            same(*(tensor[column >= 0] for tensor in tensors))
 
 
 @pytest.mark.parametrize("plan", SHARED)
