@@ -119,7 +119,7 @@ class AdaptPrune(OneCut):
         exponent = exponent.add_(squared, alpha=-0.5 / self.sigma_d**2)
         exponent = exponent.masked_fill_(squared > self.distance**2, -torch.inf)
         # Above 0, so that a picked token's -inf stays what it is.
-        return exponent.exp_().neg_().add_(1).clamp_min_(SMALLEST)
+        return exponent.expm1_().neg_().clamp_min_(SMALLEST)
 
     def options(self) -> dict[str, Any]:
         names = ("keep", "sigma_c", "sigma_d", "sigma_s", "distance", "key_source", "rope")

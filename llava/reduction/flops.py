@@ -3,6 +3,7 @@
 * ``visual_macs`` is the papers' figure (PyramidDrop, section 3.3; FastV): multiply-accumulates
   over the visual tokens alone, per layer ``4 n d^2 + 2 n^2 d + 3 n d m``. LLaVA-1.5-7B: 3.82 T
   without a plan, 1.78 T with PyramidDrop.
+  ``token_tmacs`` is the same formula over all tokens, text included, of which FastV gives shares.
 * ``prefill_flops`` and its siblings count what the hardware has to do: 2 FLOPs a
   multiply-accumulate, text included, grouped key/value heads as they are, the causal half of the
   attention only, the final norm and ``lm_head`` on the rows that are computed. An ideal speed-up is
@@ -217,6 +218,14 @@ def mean_visual_macs(shape: ModelShape, stages: Sequence[StageFacts]) -> float:
     return total / len(stages[0].visual)
 
 
+def mean_token_macs(shape: ModelShape, stages: Sequence[StageFacts]) -> float:
+    """The papers' formula over all tokens, text included (FastV's percentages), averaged over the
+    samples. Layers as they are: a layer program has no such figure."""
+    lengths = [stage.lengths for stage in stages for _ in range(stage.start, stage.stop)]
+    samples = len(stages[0].lengths)
+    return sum(visual_macs(shape, [n[i] for n in lengths]) for i in range(samples)) / samples
+
+
 # ----------------------------------------------------------------------------- full FLOPs
 def layer_costs(shape: ModelShape, stage: StageFacts) -> list[LayerCost]:
     """Every layer of one stage over every sample; a layer program says what its own layers cost."""
@@ -377,6 +386,7 @@ class Cost:
 
     plan: str
     visual_tmacs: float
+    token_tmacs: float | None
     full_tflops: float
     vision_tflops: float
     decode_gflops: float
@@ -400,9 +410,11 @@ def cost(preset: Preset, plan: ReductionPlan) -> Cost:
     if plan.rerank:  # no cache: a step is a prefill of a prompt one token longer
         longer = replace(preset, text_after=preset.text_after + 1).layout(1)
         decode, kept = prefill_flops(shape, plan.schedule(longer, shape.layers)), 0
+    usual = plan.program is None
     return Cost(
         plan=str(plan),
         visual_tmacs=mean_visual_macs(shape, stages) / TERA,
+        token_tmacs=mean_token_macs(shape, stages) / TERA if usual else None,
         full_tflops=prefill_flops(shape, stages) / TERA,
         vision_tflops=vision / TERA,
         decode_gflops=decode / 1e9,
@@ -445,6 +457,7 @@ def report(preset: Preset, plan: ReductionPlan) -> dict[str, Any]:
         "visual_tokens": preset.visual,
         "text_tokens": preset.text_before + preset.text_after,
         "visual_tmacs": now.visual_tmacs,
+        "token_tmacs": now.token_tmacs,
         "full_tflops": now.full_tflops,
         "ideal_prefill_speedup": none.full_tflops / now.full_tflops,
         "kept_tokens": now.kept_tokens,
@@ -457,6 +470,7 @@ def report(preset: Preset, plan: ReductionPlan) -> dict[str, Any]:
         "notes": notes,
         "none": {
             "visual_tmacs": none.visual_tmacs,
+            "token_tmacs": none.token_tmacs,
             "full_tflops": none.full_tflops,
             "decode_gflops_per_token": none.decode_gflops,
             "kv_cache_mib_16bit": none.kv_mib,
@@ -481,11 +495,14 @@ def format_report(name: str, layers: int, result: dict[str, Any]) -> str:
         lines.append(f"  layers {span:<7} {kept:>6} visual tokens, {length:>6} in all")
     pairs = (
         ("visual MACs (papers' convention)", "visual_tmacs", "T"),
+        ("... of all tokens, text included", "token_tmacs", "T"),
         ("prefill FLOPs (text, causal, head)", "full_tflops", "T"),
         ("decode FLOPs a token", "decode_gflops_per_token", "G"),
         ("KV cache, 16 bit", "kv_cache_mib_16bit", "MiB"),
     )
     for label, key, unit in pairs:
+        if result[key] is None:
+            continue
         share = result[key] / none[key] if none[key] else 1.0
         figure = f"{result[key]:>10.4g} {unit:<3}"
         lines.append(f"{label:<36}{figure} (none {none[key]:.4g} {unit}, {share:.1%})")

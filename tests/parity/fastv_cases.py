@@ -12,7 +12,7 @@ Each variant runs alone and in a batch, padded on either side, beside a text and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,69 +33,33 @@ from torch import Tensor
 from llava.reduction import ReductionPlan
 from llava.sequence import TokenSequence
 
-CACHED = {"vanilla": False, "hf_cache": False, "lmms_cache": True}
-"""Variants with a cache, and whether layer K-1 stores everything twice there (lmms-eval's code runs
-it twice; a key that stands there twice changes nothing)."""
+CACHED = ("hf_cache", "lmms_cache")
 ANEW = ("masked_nocache", "inplace_nocache", "hf_nocache")
+NAMES = ("vanilla", *CACHED, *ANEW, "masked_cache")
 
 
-def plan_of(meta: dict, variant: str, backend: str) -> ReductionPlan:
+def plan_of(meta: dict, backend: str, rerank: bool) -> ReductionPlan:
     """The share for one backend, the equal number of tokens for the other."""
-    if variant == "vanilla":
-        return ReductionPlan()
     amount = f"r={meta['R']}" if backend == "eager" else f"keep={meta['n_keep']}"
-    anew = variant in ANEW
-    return ReductionPlan.parse(f"fastv:k={meta['K']},{amount},rerank={anew}")
+    return ReductionPlan.parse(f"fastv:k={meta['K']},{amount},rerank={rerank}")
 
 
-def kept_images(output: Any) -> Tensor:
-    """Indices in the uncut first sample of the image tokens that stay, and their scores."""
-    cut = output.trace[0]
-    return cut.origin[0][cut.keep[0]]
+@dataclass
+class Run:
+    """What the first sample of a batch did. outputs: of each pass over a whole text; logits of the
+    steps [steps, V]; tokens that `generate` gave [steps]; with a cache the keys of each layer after
+    prefill and steps, and positions of the steps [steps - 1, layers]."""
+
+    outputs: list[Any]
+    logits: Tensor
+    tokens: Tensor
+    keys: tuple[Tensor, Tensor] | None = None
+    positions: Tensor | None = None
 
 
-def check_prefill(check: Check, name: str, output: Any, expected: dict) -> None:
-    """The first sample's rows of the final norm, logits and kept tokens."""
-    where = kept_positions(output, 0)
-    hidden = real_rows(output, output.hidden_states[-1], 0)
-    recorded = expected[f"{name}.prefill_positions"]
-    if name.startswith("masked"):
-        check.close(f"{name}.prefill_hidden", hidden, expected[f"{name}.prefill_hidden"][where])
-    else:
-        check.close(f"{name}.prefill_positions", where, recorded)
-        check.close(f"{name}.prefill_hidden", hidden, expected[f"{name}.prefill_hidden"])
-    logits = real_rows(output, output.logits, 0)[-1]
-    check.close(f"{name}.prefill_last_logits", logits, expected[f"{name}.prefill_last_logits"])
-
-
-def check_cut(check: Check, name: str, output: Any, expected: dict, step: int) -> None:
-    if f"{name}.kept" in expected:
-        check.close(f"{name}.kept[{step}]", kept_images(output), expected[f"{name}.kept"][step])
-    if f"{name}.score" in expected:
-        cut, recorded = output.trace[0], expected[f"{name}.score"][step]
-        score = cut.score[0][cut.valid[0]]
-        check.close(f"{name}.score[{step}]", score, recorded, atol=1e-6, rtol=1e-4)
-
-
-def check_cached(
-    check: Check,
-    name: str,
-    model: Any,
-    sequence: TokenSequence,
-    plan: ReductionPlan,
-    expected: dict,
-    meta: dict,
-) -> None:
+def run_cached(model: Any, sequence: TokenSequence, plan: ReductionPlan, steps: int) -> Run:
     """Prefill, steps on its cache, and `generate`."""
-    layers, steps = model.config.num_hidden_layers, len(expected[f"{name}.step_ids"])
-    doubled = CACHED[name]
-
-    def counts() -> Tensor:
-        found = key_counts(output.past_key_values, layers, 0)
-        if doubled:
-            found[meta["K"] - 1] *= 2
-        return found
-
+    layers = model.config.num_hidden_layers
     output = model(
         sequence=sequence,
         reduction=plan,
@@ -103,87 +67,98 @@ def check_cached(
         return_trace=True,
         output_hidden_states=True,
     )
-    check_prefill(check, name, output, expected)
-    check.close(f"{name}.cache_len_prefill", counts(), expected[f"{name}.cache_len_prefill"])
-    if plan.cuts:
-        check_cut(check, name, output, expected, 0)
+    before = key_counts(output.past_key_values, layers, 0)
     logits, positions = decode(model, output, steps)
-    check.close(f"{name}.step_logits", logits[0], expected[f"{name}.step_logits"])
-    check.close(f"{name}.step_ids", logits[0].argmax(-1), expected[f"{name}.step_ids"])
-    check.close(f"{name}.cache_len_end", counts(), expected[f"{name}.cache_len_end"])
-    if f"{name}.decode_positions" in expected:
-        recorded = expected[f"{name}.decode_positions"][:, None].expand(-1, layers)
-        check.close(f"{name}.decode_positions", positions[0], recorded)
-    check_generate(check, name, model, sequence, plan, expected)
+    after = key_counts(output.past_key_values, layers, 0)
+    tokens = generated(model, sequence, plan, steps)
+    return Run([output], logits[0], tokens, (before, after), positions[0])
 
 
-def check_generate(
-    check: Check,
-    name: str,
-    model: Any,
-    sequence: TokenSequence,
-    plan: ReductionPlan,
-    expected: dict,
-) -> None:
-    recorded = expected[f"{name}.step_ids"]
-    tokens = model.generate(
-        sequence=sequence,
-        reduction=plan,
-        max_new_tokens=len(recorded),
-        do_sample=False,
-        pad_token_id=0,
-    )
-    check.close(f"{name}.step_ids (generate)", tokens[0], recorded)
-
-
-def check_anew(
-    check: Check,
-    name: str,
-    model: Any,
-    sequence: TokenSequence,
-    plan: ReductionPlan,
-    expected: dict,
-) -> None:
+def run_anew(model: Any, sequence: TokenSequence, plan: ReductionPlan, steps: int) -> Run:
     """Every token from the whole text so far, whose newest token chooses; and `generate`."""
-    sequence, ids = sequence.relayout("left"), []
-    for step in range(len(expected[f"{name}.step_ids"])):
+    sequence, ids, outputs = sequence.relayout("left"), [], []
+    for _ in range(steps):
         grown = sequence
         if ids:
             grown = sequence.extended(model.get_model().embed_tokens(torch.stack(ids, 1)))
-        output = model(
-            sequence=grown,
-            reduction=plan,
-            use_cache=False,
-            return_trace=True,
-            output_hidden_states=True,
+        outputs.append(
+            model(
+                sequence=grown,
+                reduction=plan,
+                use_cache=False,
+                return_trace=True,
+                output_hidden_states=True,
+            )
         )
-        if step == 0:
-            check_prefill(check, name, output, expected)
-        check_cut(check, name, output, expected, step)
-        check.close(
-            f"{name}.step_logits[{step}]",
-            output.logits[0, -1],
-            expected[f"{name}.step_logits"][step],
-        )
-        ids.append(output.logits[:, -1].argmax(-1))
-    check.close(f"{name}.step_ids", torch.stack(ids, 1)[0], expected[f"{name}.step_ids"])
-    check_generate(check, name, model, sequence, plan, expected)
+        ids.append(outputs[-1].logits[:, -1].argmax(-1))
+    logits = torch.stack([output.logits[0, -1] for output in outputs])
+    return Run(outputs, logits, generated(model, sequence, plan, steps))
 
 
-def check_masked_with_cache(
-    check: Check, name: str, model: Any, sequence: TokenSequence, meta: dict, expected: dict
+def generated(model: Any, sequence: TokenSequence, plan: ReductionPlan, steps: int) -> Tensor:
+    call = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    return model.generate(sequence=sequence, reduction=plan, **call)[0]
+
+
+def check_prefill(check: Check, name: str, run: Run, expected: dict) -> None:
+    """The rows of the final norm, and the logits of the last one."""
+    output = run.outputs[0]
+    where = kept_positions(output, 0)
+    hidden, recorded = real_rows(output, output.hidden_states[-1], 0), f"{name}.prefill_hidden"
+    if name.startswith("masked"):
+        check.close(recorded, hidden, expected[recorded][where])
+    else:
+        check.close(recorded, hidden, expected[recorded])
+        check.close(f"{name}.prefill_positions", where, expected[f"{name}.prefill_positions"])
+    logits = real_rows(output, output.logits, 0)[-1]
+    check.close(f"{name}.prefill_last_logits", logits, expected[f"{name}.prefill_last_logits"])
+
+
+def check_cuts(check: Check, name: str, run: Run, expected: dict) -> None:
+    """Kept tokens and scores of every pass over a whole text."""
+    for step, output in enumerate(run.outputs):
+        cut = output.trace[0]
+        kept, score = cut.origin[0][cut.keep[0]], cut.score[0][cut.valid[0]]
+        check.close(f"{name}.kept[{step}]", kept, expected[f"{name}.kept"][step])
+        if f"{name}.score" in expected:
+            recorded = expected[f"{name}.score"][step]
+            check.close(f"{name}.score[{step}]", score, recorded, atol=1e-6, rtol=1e-4)
+
+
+def check_steps(check: Check, name: str, run: Run, expected: dict, meta: dict) -> None:
+    ids = expected[f"{name}.step_ids"]
+    check.close(f"{name}.step_logits", run.logits, expected[f"{name}.step_logits"])
+    check.close(f"{name}.step_ids", run.logits.argmax(-1), ids)
+    check.close(f"{name}.step_ids (generate)", run.tokens, ids)
+    if run.keys is None or run.positions is None:
+        return
+    for when, counts in zip(("prefill", "end"), run.keys, strict=True):
+        if name == "lmms_cache":  # runs layer K-1 twice, so every key stands there twice
+            counts = counts.clone()
+            counts[meta["K"] - 1] *= 2
+        check.close(f"{name}.cache_len_{when}", counts, expected[f"{name}.cache_len_{when}"])
+    if f"{name}.decode_positions" in expected:
+        recorded = expected[f"{name}.decode_positions"][:, None].expand_as(run.positions)
+        check.close(f"{name}.decode_positions", run.positions, recorded)
+
+
+def check_batch(
+    check: Check, model: Any, sequence: TokenSequence, meta: dict, expected: dict, backend: str
 ) -> None:
-    """Its prefill; later tokens follow another rule (each chooses from a full cache)."""
-    output = model(
-        sequence=sequence,
-        reduction=plan_of(meta, name, "eager"),
-        return_trace=True,
-        output_hidden_states=True,
-    )
-    check_prefill(check, name, output, expected)
-    check_cut(check, name, output, expected, 0)
-    first = real_rows(output, output.logits, 0)[-1].argmax()
-    check.close(f"{name}.step_ids[0]", first, expected[f"{name}.step_ids"][0])
+    """Three runs of the package against all recorded variants."""
+    names = {key.partition(".")[0] for key in expected}
+    check.failures += [f"the variant {name!r} is unknown" for name in names - set(NAMES)]
+    steps = meta["steps"]
+    vanilla = run_cached(model, sequence, ReductionPlan(), steps)
+    frozen = run_cached(model, sequence, plan_of(meta, backend, False), steps)
+    anew = run_anew(model, sequence, plan_of(meta, backend, True), steps)
+    for name in sorted(names & set(NAMES)):
+        run = vanilla if name == "vanilla" else anew if name in ANEW else frozen
+        check_prefill(check, name, run, expected)
+        if name != "vanilla":
+            check_cuts(check, name, run, expected)
+        if name != "masked_cache":  # whose later tokens each choose from a full cache
+            check_steps(check, name, run, expected, meta)
 
 
 def batches(meta: dict, inputs: dict) -> Iterator[tuple[str, list[Embedded], Any]]:
@@ -205,19 +180,8 @@ def run_case(case: Path) -> list[tuple[str, Check]]:
     out = []
     for backend in BACKENDS:
         model, meta, inputs, expected = load_decoder(case, backend)
-        names = sorted({key.partition(".")[0] for key in expected})
         for what, samples, kind in batches(meta, inputs):
             check = Check()
-            sequence = sequence_of(samples, kind)
-            for name in names:
-                plan = plan_of(meta, name, backend)
-                if name in CACHED:
-                    check_cached(check, name, model, sequence, plan, expected, meta)
-                elif name in ANEW:
-                    check_anew(check, name, model, sequence, plan, expected)
-                elif name == "masked_cache":
-                    check_masked_with_cache(check, name, model, sequence, meta, expected)
-                else:
-                    check.failures.append(f"the variant {name!r} is unknown")
+            check_batch(check, model, sequence_of(samples, kind), meta, expected, backend)
             out.append((f"{backend}, {what}", check))
     return out

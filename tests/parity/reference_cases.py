@@ -24,6 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import adaptprune_cases
 import eval_cases
 import fastv_cases
 import preprocess_cases
@@ -45,6 +46,7 @@ CHECKERS = {
     "pyramiddrop": pyramiddrop_cases,
     "fastv": fastv_cases,
     "simignore": simignore_cases,
+    "adaptprune": adaptprune_cases,
     "yopo": yopo_cases,
 }
 PREPROCESS_FILES = (

@@ -60,6 +60,46 @@ def test_plans_give_the_published_figures(
 
 
 @pytest.mark.parametrize(
+    ("preset", "published"), [("llava-1.5-7b", 2.007), ("llava-next-7b", 10.554)]
+)
+def test_fastv_gives_the_published_macs(preset: str, published: float) -> None:
+    result = flops.cost(flops.get_preset(preset), ReductionPlan.parse("fastv:k=2,r=0.5"))
+    assert result.visual_tmacs == pytest.approx(published, abs=5.1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "text", "percent"),
+    [
+        ("fastv:k=3,r=0.5", 0, 54.2),
+        ("fastv:k=3,r=0.5", 35, 56.7),
+        ("fastv:k=3,r=0.5", 64, 58.7),
+        ("adaptprune:k=2,keep=0.1", 0, 100 - 84.7),
+        ("adaptprune:k=2,keep=0.1", 35, 100 - 79.9),
+    ],
+)
+def test_shares_of_all_tokens_are_the_published_ones(
+    plan: str, text: int, percent: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FastV's README: 57 % for K=3, R=50 %; AdaptPrune: about 81 % saved at 90 %."""
+    out = tmp_path / "flops.json"
+    flops.main(["--reduction", plan, "--text-tokens", str(text), "--json", str(out)])
+    result = json.loads(out.read_text())
+    share = 100 * result["token_tmacs"] / result["none"]["token_tmacs"]
+    assert share == pytest.approx(percent, abs=0.051)
+    assert f"{share:.1f}%" in capsys.readouterr().out
+    if not text:
+        assert result["token_tmacs"] == result["visual_tmacs"]
+
+
+def test_without_a_cache_every_token_costs_a_prefill() -> None:
+    preset = flops.get_preset("llava-1.5-7b")
+    cached = flops.cost(preset, ReductionPlan.parse("fastv:k=2,r=0.5"))
+    anew = flops.cost(preset, ReductionPlan.parse("fastv:k=2,r=0.5,rerank=True"))
+    assert (anew.full_tflops, anew.kv_mib) == (cached.full_tflops, 0)
+    assert anew.full_tflops < anew.decode_gflops / 1e3 < 1.01 * anew.full_tflops
+
+
+@pytest.mark.parametrize(
     ("preset", "full", "ideal", "end_to_end", "kv"),
     [
         ("llava-1.5-7b", 4.31, 1.93, 1.86, 165),
