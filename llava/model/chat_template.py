@@ -1,13 +1,19 @@
 """A conversation template as the Jinja text that transformers' processors carry.
 
 Special here: made from the same row of the template table as the prompts of this project, so that
-`processor.apply_chat_template` and `build_prompt` give the same string. A picture in a message
-becomes `<image>` and a line break, in front of the text as in LLaVA.
+`processor.apply_chat_template` and `build_prompt` give the same ids. A picture in a message becomes
+`<image>` and a line break, in front of the text as in LLaVA. LLaVA tokenises what stands behind a
+picture as a text of its own, which opens with a space in Llama's vocabulary; `after_picture` finds
+the characters that give the same ids behind a special token.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle
+from llava.mm_utils import tokenizer_image_token
 
 # The text of one message, pictures first.
 _TEXT = (
@@ -15,16 +21,32 @@ _TEXT = (
     "{%- if message['content'] is string -%}{%- set ns.text = message['content'] -%}"
     "{%- else -%}"
     "{%- for part in message['content'] if part['type'] == 'image' -%}"
-    "{%- set ns.text = ns.text + '<image>\\n' -%}{%- endfor -%}"
+    "{%- set ns.text = ns.text + PICTURE -%}{%- endfor -%}"
     "{%- for part in message['content'] if part['type'] == 'text' -%}"
     "{%- set ns.text = ns.text + part['text'] -%}{%- endfor -%}"
     "{%- endif -%}"
 )
 
 
-def chat_template(conv: Conversation) -> str | None:
-    """The Jinja text of a template; None for the styles that transformers' chats cannot say
-    (`plain`, and Llama-2 with a system text, which stands inside the first question)."""
+def after_picture(tokenizer: Any) -> str:
+    """What to write behind `<image>`, which the tokenizer knows as a token, in place of a line
+    break, so that the ids are LLaVA's."""
+    image_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    question = "What is it?"
+    wanted = tokenizer_image_token(f"a: {DEFAULT_IMAGE_TOKEN}\n{question}", tokenizer)
+    wanted = [image_id if i == IMAGE_TOKEN_INDEX else i for i in wanted]
+    for text in ("\n", " \n"):
+        if tokenizer(f"a: {DEFAULT_IMAGE_TOKEN}{text}{question}").input_ids == wanted:
+            return text
+    return "\n"
+
+
+def chat_template(conv: Conversation, behind: str = "\n") -> str | None:
+    """The Jinja text of a template, with `behind` in place of the line break behind a picture.
+
+    None for the styles that transformers' chats cannot say (`plain`, and Llama-2 with a system
+    text, which stands inside the first question).
+    """
     user, assistant = conv.roles
     sep, sep2 = conv.sep, conv.sep2 or ""
     if conv.sep_style is SeparatorStyle.TWO:
@@ -54,7 +76,7 @@ def chat_template(conv: Conversation) -> str | None:
         "{%- set ns = namespace(text='') -%}"
         f"{{{{- {_quoted(before)} -}}}}"
         "{%- for message in messages if message['role'] != 'system' -%}"
-        f"{_TEXT}"
+        f"{_TEXT.replace('PICTURE', _quoted(DEFAULT_IMAGE_TOKEN + behind))}"
         f"{{%- if message['role'] == 'user' -%}}{said[0]}{{%- else -%}}{said[1]}{{%- endif -%}}"
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(opening)} -}}}}{{%- endif -%}}"

@@ -33,7 +33,7 @@ from llava.model.builder import (
     read_config,
     resolve_folder,
 )
-from llava.model.chat_template import chat_template
+from llava.model.chat_template import after_picture, chat_template
 from llava.model.checkpoint_layout import read_json
 from llava.model.hf_config import nest
 from llava.model.key_maps import EMBEDDINGS, HEAD, from_llava, with_vision_model
@@ -183,7 +183,7 @@ def _hf_processor(raw: dict[str, Any], config: Any, tokenizer: Any, processor: A
         patch_size=vision["patch_size"],
         vision_feature_select_strategy=raw["vision_feature_select_strategy"],
         num_additional_image_tokens=int(vision["model_type"] == "clip_vision_model"),
-        chat_template=chat_template(get_conversation(mode)),
+        chat_template=chat_template(get_conversation(mode), after_picture(tokenizer)),
     )
 
 

@@ -129,10 +129,14 @@ def keys_of(file: Path) -> list[str]:
         return list(reader.keys())
 
 
-@pytest.mark.parametrize("size", [(90, 40), (33, 100), (56, 56)])
-def test_the_processor_and_the_template_are_ours(size, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "legacy"), [((90, 40), True), ((33, 100), False), ((56, 56), False)]
+)
+def test_the_processor_and_the_template_are_ours(size, legacy, tmp_path):
     """transformers' processor gives the pixels and the ids that this project makes."""
     write_original(tmp_path / "x", "v1.5-7b")
+    file = tmp_path / "x" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": legacy}))
     convert(tmp_path / "x", tmp_path / "hf", "hf")
     theirs = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
     ours = load(tmp_path / "x")
@@ -141,11 +145,10 @@ def test_the_processor_and_the_template_are_ours(size, tmp_path):
     picture = Image.fromarray(values.numpy())
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hello"}]}]
     prompt = theirs.apply_chat_template(chat, add_generation_prompt=True)
-    assert prompt == build_prompt("hello", "vicuna_v1")
+    own = build_prompt("hello", "vicuna_v1")
+    assert prompt == own.replace("<image>\n", "<image>\n" if legacy else "<image> \n")
     got = theirs(text=prompt, images=picture, return_tensors="pt")
-    batch = prepare_batch(
-        ours.tokenizer, ours.image_processor, ours.model.config, [prompt], [picture]
-    )
+    batch = prepare_batch(ours.tokenizer, ours.image_processor, ours.model.config, [own], [picture])
     torch.testing.assert_close(got["pixel_values"], batch["images"], atol=1e-5, rtol=0)
     folded = [IMAGE_TOKEN_INDEX if i == 480 else i for i in got["input_ids"][0].tolist()]
     once = [x for i, x in enumerate(folded) if x >= 0 or folded[i - 1] >= 0]
