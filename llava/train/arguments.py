@@ -258,12 +258,6 @@ class TrainingArguments(transformers.TrainingArguments):
                     f"--{name} {value} is not available yet; accepted: "
                     + " or ".join(str(item) for item in accepted)
                 )
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world > 1:
-            raise ValueError(
-                f"WORLD_SIZE is {world}: training on several processes is not available yet; "
-                "start one process"
-            )
 
     def _translate(self) -> None:
         if self.evaluation_strategy is not None:
@@ -299,8 +293,6 @@ PACKED_BACKENDS = ("sdpa", "varlen", "flash_attention_2", "eager")
 """Backends for --packed; sdpa means varlen then, eager masks the whole pack (slow, a reference)."""
 
 NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
-    "deepspeed": (None, ""),
-    "fsdp": (None, "", [], False),
     "lora_enable": (False,),
     "bits": (16,),
 }

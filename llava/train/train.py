@@ -404,6 +404,7 @@ def train(
 ) -> dict[str, Any]:
     """One training run from parsed arguments; returns what is written to train_summary.json."""
     check_paths(model_args, data_args)
+    start_processes(training_args)
     set_seed(training_args.seed)
     transformers.utils.logging.disable_progress_bar()
     check_plan(model_args)
@@ -447,6 +448,18 @@ def train(
         "seed": training_args.seed,
         "environment": environment(),
     }
+
+
+def start_processes(training_args: TrainingArguments) -> None:
+    """Join the other ranks before the model is made: ZeRO-3 spreads it over them from the start."""
+    device = training_args.device  # asking for it starts the process group
+    if training_args.deepspeed:
+        import deepspeed
+
+        # accelerate does this on GPUs only.
+        deepspeed.init_distributed(dist_init_required=not torch.distributed.is_initialized())
+    rank, ranks = training_args.process_index, training_args.world_size
+    logger.info("rank %d of %d on %s", rank, ranks, device)
 
 
 def fit(trainer: LLaVATrainer, resume: str | bool | None) -> Any:

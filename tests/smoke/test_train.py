@@ -402,7 +402,7 @@ def test_dry_run_prints_what_is_learned(files, base, tmp_path, capsys):
         ({"model_max_length": 4}, "4 visual tokens"),
         ({"bits": 4}, "not available yet"),
         ({"lora_enable": True}, "not available yet"),
-        ({"deepspeed": "scripts/zero3.json"}, "not available yet"),
+        ({"deepspeed": "nowhere.json"}, "nowhere.json"),
         ({"no_such_flag": 1}, "no_such_flag"),
         ({"mm_tunable_parts": "brain"}, "brain"),
         ({"evaluation_strategy": "epoch"}, "--eval_data_path"),

@@ -60,7 +60,6 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
     [
         (["--bits", "8"], "bits 8 is not available yet"),
         (["--lora_enable", "True"], "lora_enable True is not available yet"),
-        (["--deepspeed", "zero3.json"], "deepspeed zero3.json is not available yet"),
         (["--warmup_ratio", "3"], "warmup_ratio 3.0"),
         (["--lyer_list", "[1]"], "unknown flag"),
         (["--reduction", "none", "--layer_list", "[1]"], "exclude each other"),
@@ -74,12 +73,6 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
 def test_what_cannot_be_done_is_named(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, *flags)
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="several processes"):
-        parse(tmp_path)
 
 
 def test_data_and_base_are_needed(tmp_path):
