@@ -22,6 +22,7 @@ from llava.sequence import QUERY
 TOLERANCE = 1e-5
 EVERY = [(family, plan) for family in FAMILIES for plan in PLANS]
 SOME = [(family, plan) for family in FAMILIES for plan in ("none", "pyramiddrop")]
+SOME += [("llama", plan) for plan in PLANS if plan not in ("none", "pyramiddrop")]
 
 
 def rows(output: Any, sample: int) -> Tensor:
