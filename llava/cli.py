@@ -26,7 +26,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "train": Command("llava.train.train:main", "train a model (LLaVA's flags)"),
     "eval": Command("llava.eval.run:main", "run benchmarks and score them"),
-    "answer": Command("llava.eval.answer:main", "answer a question file (LLaVA's flags)"),
+    "answer": Command("llava.eval.answer_file:main", "answer a question file (LLaVA's flags)"),
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
     "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),
     "flops": Command("llava.reduction.flops:main", "cost of a plan in closed form"),

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -32,9 +32,34 @@ _VERSIONED = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "pil
 
 
 # ----------------------------------------------------------------------------- logging, progress
+class Ranks(NamedTuple):
+    """Which of how many processes this is; `local`: its number on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """From torchrun's RANK and WORLD_SIZE, else Slurm's SLURM_PROCID and SLURM_NTASKS, without
+        touching torch. ValueError for a rank that does not fit."""
+        env = os.environ
+        for rank, world, local in (
+            ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+            ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ):
+            if rank in env and world in env:
+                found = cls(int(env[rank]), int(env[world]), int(env.get(local, "0")))
+                if not 0 <= found.rank < found.world:
+                    raise ValueError(f"{rank}={env[rank]} does not fit {world}={env[world]}")
+                return found
+        return cls()
+
+
 def rank() -> int:
     """Rank of this process in a distributed run (0 when there is none), without touching torch."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -60,12 +85,23 @@ def get_logger(name: str) -> logging.Logger:
 _quiet = contextvars.ContextVar("quiet", default=False)
 
 
-def progress(iterable: Iterable[Item], desc: str = "", total: int | None = None) -> Iterable[Item]:
-    """``iterable`` with a bar on stderr; silent on ranks above 0 and with ``LLAVA_PROGRESS=0``."""
+def progress(
+    iterable: Iterable[Item],
+    desc: str = "",
+    total: int | None = None,
+    *,
+    unit: str = "it",
+    done: int = 0,
+) -> Iterable[Item]:
+    """``iterable`` with a bar on stderr: rate and time left. Silent on ranks above 0 and with
+    ``LLAVA_PROGRESS=0``. done: items of ``total`` that an earlier attempt dealt with."""
     from tqdm import tqdm
 
     off = rank() != 0 or _quiet.get() or os.environ.get("LLAVA_PROGRESS", "1") == "0"
-    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, disable=off, dynamic_ncols=True)
+    return tqdm(
+        iterable, desc=desc, total=total, unit=unit, initial=done, file=sys.stderr, disable=off,
+        dynamic_ncols=True,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

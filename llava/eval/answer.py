@@ -1,62 +1,255 @@
-"""The answer generator: a question file in, LLaVA's answers file out.
+"""The answer generator: questions in, answers out; every way to run a benchmark goes through here.
 
-Special here: real batches (left padding, any mix of pictures and lengths), greedy by default, and
-the plan that drops visual tokens is an argument of the call, not of the model. Every other way to
-run a benchmark goes through `answer_questions`.
+    answerer = Answerer(model, tokenizer, image_processor, reduction="pyramiddrop:layers=[8],...")
+    records = answerer.answer_all(questions)                # or answer_in_folder(...)
 
-    llava answer --model-path CHECKPOINT --question-file questions.jsonl --image-folder images \\
-        --answers-file answers.jsonl --conv-mode vicuna_v1 --reduction none
+Special here: questions about one picture are answered together. They share its pass through the
+tower and, up to the first cut that reads the question, the prefill of what their prompts have in
+common (`llava.model.shared_prefix`); batches of different pictures are left-padded. Greedy by
+default; sampling draws from the question's own seed. Work goes on after a kill with any number of
+processes (`llava.eval.run_folder`); under torchrun or Slurm each takes whole batches, without a
+word to the others.
 
-The flags are those of LLaVA's `model_vqa_loader`, and the records have its keys (`question_id,
-prompt, text, answer_id, model_id, metadata`) with `uid, finish, n_out` beside them. Two defaults
-differ: the temperature is 0, and without --conv-mode the checkpoint's template is used.
+Records have the keys of LLaVA's answers (`question_id, prompt, text, answer_id, model_id,
+metadata`) and our own beside them (`Answerer.record`). `llava answer` and `llava eval` are its
+command lines.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import hashlib
-import json
-import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from llava.conversation import get_conversation, resolve_conv_mode
 from llava.decoding import Decoding, answer_text, cut_at_eos, eos_ids
-from llava.eval.questions import (
-    Question,
-    check_images_exist,
-    first,
-    get_chunk,
-    read_questions,
-)
-from llava.mm_utils import (
-    check_context,
-    count_visual_tokens,
-    crop_side,
-    get_model_name_from_path,
-    load_image,
-)
-from llava.prompting import (
-    blind_image,
-    build_prompt,
-    move_batch,
-    pad_token_id,
-    prepare_batch,
-    tokenize_prompt,
-)
-from llava.reduction import ReductionPlan, resolve_plan
-from llava.reduction.flags import add_reduction_flags, plan_from_args
-from llava.utils import atomic_write, get_logger, progress, set_seed, user_errors
+from llava.eval.batches import Batch, plan_batches
+from llava.eval.prepare import Prepared, Preparer, ahead, to_device
+from llava.eval.questions import Question, check_images_exist
+from llava.eval.run_folder import Merged, Record, RunFolder, config_hash, write_answers
+from llava.eval.sampling import SeededSampling, question_seed
+from llava.eval.throughput import Stopwatch, batch_flops, peak_bytes, summarise
+from llava.prompting import pad_token_id
+from llava.reduction import StageFacts, resolve_plan
+from llava.reduction.base import counts_known
+from llava.reduction.flops import ModelShape
+from llava.utils import Ranks, get_logger, progress, set_seed
 
 log = get_logger(__name__)
+WORKERS = 2
+"""Threads that prepare batches ahead of the model."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The records of a batch, in the order of its rows, and what it took."""
+
+    batch: Batch
+    records: list[Record]
+    timing: dict[str, Any]
+
+
+class Answerer:
+    """A loaded model with everything that is the same for all questions of a run."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        image_folder: str | Path = "",
+        conv_mode: str | None = None,
+        reduction: Any = None,
+        decoding: Decoding | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        blind: bool = False,
+        share: bool = True,
+        workers: int = WORKERS,
+        model_id: str = "",
+    ) -> None:
+        """reduction: None for the checkpoint's own plan, "none" for no dropping. blind: each
+        picture is replaced by a grey one of its size. share: False runs whole prompts. Raises
+        ValueError for a plan or a template that does not fit, or a batch size below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch size is {batch_size}; accepted: 1 and more")
+        self.model, self.tokenizer = model, tokenizer
+        self.plan, self.plan_source = resolve_plan(reduction, model.config)
+        self.plan.validate(model.config.num_hidden_layers)
+        self.conv_mode, self.conv_source = resolve_conv_mode(conv_mode, model.config)
+        self.decoding = decoding or Decoding()
+        self.batch_size, self.seed, self.blind, self.share = batch_size, seed, blind, share
+        self.workers, self.model_id = workers, model_id
+        self.image_folder = Path(image_folder)
+        self.stop = get_conversation(self.conv_mode).stop_string
+        self.eos = eos_ids(model, tokenizer)
+        self.prepare = Preparer.of(
+            model, tokenizer, image_processor, conv_mode=self.conv_mode, plan=self.plan,
+            image_folder=image_folder, blind=blind, share=share,
+        )  # fmt: skip
+        tower = model.get_vision_tower()
+        self.shape = ModelShape.from_config(model.config, getattr(tower, "config", None))
+        self.device = torch.device(model.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on besides the question and the weights."""
+        return {
+            "plan": str(self.plan),
+            "conv_mode": self.conv_mode,
+            "decoding": asdict(self.decoding),
+            "seed": self.seed if self.decoding.temperature > 0 else None,
+            "blind": self.blind,
+            "batch_size": self.batch_size,
+            "share_prefix": self.share,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+        }
+
+    def batches(self, questions: Sequence[Question]) -> tuple[Batch, ...]:
+        """The plan of work for these questions. FileNotFoundError for missing pictures."""
+        check_images_exist(questions, self.image_folder)
+        return plan_batches(questions, self.batch_size, self.prepare.visual_tokens)
+
+    def answer(
+        self, questions: Sequence[Question], batches: Iterable[Batch], run_id: str
+    ) -> Iterator[Answered]:
+        """Answers batch by batch. Raises ValueError for a damaged picture or a prompt that does not
+        fit the context, naming it."""
+        prepared = ahead(self.prepare, batches, questions, self.workers)
+        watch = Stopwatch(self.device)
+        for ready in prepared:
+            watch.mark("wait")
+            yield self.answer_batch(ready, watch, run_id)
+            watch = Stopwatch(self.device)
+
+    def answer_all(self, questions: Sequence[Question], desc: str = "answering") -> list[Record]:
+        """One record a question, in their order."""
+        batches, run_id = self.batches(questions), config_hash(self.settings())
+        answered = self.answer(questions, batches, run_id)
+        stream = (record for each in answered for record in each.records)
+        shown = progress(stream, desc, len(questions), unit="q")
+        by_uid = {record["uid"]: record for record in shown}
+        return [by_uid[question.uid] for question in questions]
+
+    @torch.inference_mode()
+    def answer_batch(self, ready: Prepared, watch: Stopwatch, run_id: str) -> Answered:
+        """One batch through the model."""
+        model, shared = self.model, ready.shared
+        images = to_device(ready.images, self.device, model.dtype)
+        sequence = model.build_sequence(
+            ready.ids.to(self.device), images=images, splice=ready.splice, kind="left"
+        )
+        watch.mark("vision")
+        prefix = None
+        if shared is not None:
+            room = shared.ids.shape[1]
+            prefix = model.encode_prefix(sequence, self.plan, questions=shared.counts, room=room)
+            sequence = model.build_suffixes(shared.ids.to(self.device), shared.mask)
+        out = model.generate(
+            sequence=sequence,
+            prefix=prefix,
+            reduction=self.plan,
+            pad_token_id=pad_token_id(self.tokenizer),
+            stopping_criteria=StoppingCriteriaList([_FirstToken(watch)]),
+            **self._decoding(ready.questions),
+        )
+        ids = out.tolist()
+        watch.mark("decode")
+        stages = self.plan.schedule(ready.layout, self.shape.layers)
+        latency = 1e3 * (sum(watch.seconds.values()) - watch.seconds.get("wait", 0.0))
+        records = [
+            {
+                **self.record(question, row, run_id),
+                "n_visual": self._visual(stages, place),
+                "latency_ms": round(latency, 3),
+            }
+            for place, (question, row) in enumerate(zip(ready.questions, ids, strict=True))
+        ]
+        owners = None
+        if shared is not None:
+            heads = self.plan.schedule(ready.splice.layout, self.shape.layers)
+            owner = [unit for unit, count in enumerate(shared.counts) for _ in range(count)]
+            owners = (heads, owner, prefix.depth)
+        new_tokens = max(record["n_out"] for record in records)
+        timing = {
+            "questions": len(records),
+            "seconds": watch.seconds,
+            "first_token_ms": 1e3 * (watch.seconds["vision"] + watch.seconds["prefill"]),
+            "flops": batch_flops(self.shape, stages, ready.tiles, new_tokens, owners),
+            "peak_bytes": peak_bytes(self.device),
+        }
+        return Answered(ready.batch, records, timing)
+
+    def _decoding(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Arguments of `generate` for how answers are written."""
+        decoding = self.decoding
+        seeds = [question_seed(self.seed, question.uid) for question in questions]
+        if decoding.temperature > 0 and decoding.num_beams == 1:
+            sampler = SeededSampling(seeds, decoding.temperature, decoding.top_p)
+            return {
+                "max_new_tokens": decoding.max_new_tokens,
+                "do_sample": False,
+                "logits_processor": LogitsProcessorList([sampler]),
+            }
+        if decoding.temperature > 0:  # beams sample together, so one seed for the batch
+            set_seed(seeds[0])
+        return decoding.generate_kwargs()
+
+    def _visual(self, stages: Sequence[StageFacts], row: int) -> dict[str, Any] | None:
+        """Visual tokens of one prompt: at first, and behind each cut [layer, count]; None where a
+        method decides on the device how many it keeps."""
+        if not all(counts_known(cut.reducer) for cut in self.plan.cuts):
+            return None
+        cuts = [[stage.start, stage.visual[row]] for stage in stages if stage.cut is not None]
+        return {"in": stages[0].visual[row], "layers": cuts}
+
+    def record(self, question: Question, ids: Sequence[int], run_id: str) -> Record:
+        """An answer, schema v1: LLaVA's keys and ours. ids: new tokens and what pads them.
+
+        uid: the question in its file. finish: "eos" or "length". n_out: new tokens, the end
+        included. MMBench's keys (`round_id`, `options`, `option_char`) come with its questions.
+        """
+        ids, ended = cut_at_eos(ids, self.eos)
+        answer_id = hashlib.sha1(f"{question.uid} {run_id}".encode()).hexdigest()[:22]
+        mmbench = {k: question.meta[k] for k in _MMBENCH if k in question.meta}
+        return {
+            "v": 1,
+            "uid": question.uid,
+            "question_id": question.question_id,
+            **mmbench,
+            "prompt": question.text,
+            "text": answer_text(ids, self.tokenizer, self.stop),
+            "answer_id": answer_id,
+            "model_id": self.model_id,
+            "run_id": run_id,
+            "metadata": {},
+            "finish": "eos" if ended else "length",
+            "n_out": len(ids),
+        }
+
+
+_MMBENCH = ("round_id", "options", "option_char")
+
+
+class _FirstToken(StoppingCriteria):
+    """Never stops; ends the prefill on the stopwatch when the first tokens are there."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch, self.seen = watch, False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if not self.seen:
+            self.watch.mark("prefill")
+            self.seen = True
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def answer_questions(
@@ -65,229 +258,74 @@ def answer_questions(
     image_processor: Any,
     questions: Sequence[Question],
     *,
-    image_folder: str | Path = "",
-    conv_mode: str | None = None,
-    reduction: ReductionPlan | str | dict | None = None,
-    batch_size: int = 8,
-    decoding: Decoding | None = None,
     max_new_tokens: int | None = None,
-    blind: bool = False,
-    model_id: str = "",
+    decoding: Decoding | None = None,
     desc: str = "answering",
-) -> list[dict[str, Any]]:
-    """Answer questions with one model; one record a question, in their order.
+    **settings: Any,
+) -> list[Record]:
+    """Answer questions with one model, without a folder; one record a question, in their order.
 
-    reduction: None for the checkpoint's own plan, "none" for no dropping. max_new_tokens: shorthand
-    for a greedy `Decoding`. blind: each picture is replaced by a grey one of its size.
-    Raises FileNotFoundError for missing pictures (before anything is run), ValueError for damaged
-    ones, an unknown template, a prompt longer than the context, or a plan that does not fit.
+    max_new_tokens: shorthand for a greedy `Decoding`. settings: of `Answerer`. Raises
+    FileNotFoundError for missing pictures (before anything is run), ValueError for damaged ones, an
+    unknown template, a prompt longer than the context, or a plan that does not fit.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size is {batch_size}; accepted: 1 and more")
     if decoding is not None and max_new_tokens is not None:
         raise ValueError("give decoding or max_new_tokens, not both")
-    if decoding is None:
-        decoding = Decoding() if max_new_tokens is None else Decoding(max_new_tokens)
-    plan, source = resolve_plan(reduction, model.config)
-    plan.validate(model.config.num_hidden_layers)
-    conv_mode, conv_source = resolve_conv_mode(conv_mode, model.config)
-    check_images_exist(questions, image_folder)
-    log.info("plan: %s (%s); template: %s (%s)", plan, source, conv_mode, conv_source)
-    run = _Run(
-        model, tokenizer, image_processor, Path(image_folder), conv_mode, plan, decoding, blind,
-        model_id,
+    if max_new_tokens is not None:
+        decoding = Decoding(max_new_tokens)
+    answerer = Answerer(model, tokenizer, image_processor, decoding=decoding, **settings)
+    return answerer.answer_all(questions, desc)
+
+
+# ----------------------------------------------------------------------------- in a folder
+def answer_in_folder(
+    answerer: Answerer,
+    folder: RunFolder,
+    questions: Sequence[Question],
+    ranks: Ranks,
+    *,
+    desc: str = "answering",
+    notes: dict[str, Any] | None = None,
+) -> Merged:
+    """Answer what a run's folder still lacks and this process is to do; then what there is.
+
+    notes: entries of run.json beside the settings. ValueError for a folder of another run, before
+    anything in it is touched.
+    """
+    batches = answerer.batches(questions)
+    notes = {"plan_source": answerer.plan_source, "checkpoint": answerer.model_id, **(notes or {})}
+    folder.open([question.uid for question in questions], batches, ranks, notes)
+    log.info(
+        "plan: %s (%s); template: %s (%s)",
+        answerer.plan, answerer.plan_source, answerer.conv_mode, answerer.conv_source,
     )  # fmt: skip
-    start = time.perf_counter()
-    records = list(progress(run.records(questions, batch_size), desc, len(questions)))
-    seconds = time.perf_counter() - start
-    rate = len(records) / seconds if seconds else 0.0
-    log.info("%d answers in %.1f s: %.2f questions/s", len(records), seconds, rate)
-    return records
+    done = folder.done()
+    mine = [batch for batch in batches if batch.number % ranks.world == ranks.rank]
+    todo = [batch for batch in mine if batch.number not in done]
+    total = sum(len(batch.places) for batch in mine)
+    left = sum(len(batch.places) for batch in todo)
+    shard = folder.shard(ranks)
+
+    def records() -> Iterator[Record]:
+        for answered in answerer.answer(questions, todo, folder.run_id):
+            shard.append(answered.batch.number, answered.records, answered.timing)
+            yield from answered.records
+
+    for _ in progress(records(), desc, total, unit="q", done=total - left):
+        pass
+    return folder.merge()
 
 
-class _Run:
-    """What stays the same over the batches of one call."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        image_processor: Any,
-        image_folder: Path,
-        conv_mode: str,
-        plan: ReductionPlan,
-        decoding: Decoding,
-        blind: bool,
-        model_id: str,
-    ):
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.conv_mode, self.plan, self.decoding = conv_mode, plan, decoding
-        self.model_id = model_id
-        self.image_folder, self.blind = image_folder, blind
-        self.stop = get_conversation(conv_mode).stop_string
-        self.eos = eos_ids(model, tokenizer)
-        self.im_start_end = getattr(model.config, "mm_use_im_start_end", False)
-        # Questions about one picture mostly follow one another.
-        self.picture = functools.lru_cache(maxsize=32)(self._picture)
-        # answer_id is a hash of what made the answer: the same run gives the same id.
-        settings = [str(plan), conv_mode, asdict(decoding), blind, model_id]
-        self.settings = json.dumps(settings)
-
-    def records(self, questions: Sequence[Question], batch_size: int) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(questions), batch_size):
-            yield from self.answer_batch(questions[start : start + batch_size])
-
-    def answer_batch(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """Records of one batch."""
-        prompts = [self.prompt(question) for question in questions]
-        pictures = [[self.picture(image) for image in q.images] for q in questions]
-        for question, prompt, own in zip(questions, prompts, pictures, strict=True):
-            self.check_length(question, prompt, own)
-        config = self.model.config
-        batch = prepare_batch(self.tokenizer, self.image_processor, config, prompts, pictures)
-        batch = move_batch(batch, _device(self.model), self.model.dtype)
-        with torch.inference_mode():
-            out = self.model.generate(
-                inputs=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                images=batch["images"],
-                image_sizes=batch["image_sizes"],
-                texts=batch["texts"],
-                reduction=self.plan,
-                pad_token_id=pad_token_id(self.tokenizer),
-                **self.decoding.generate_kwargs(),
-            )
-        return [self.record(q, ids) for q, ids in zip(questions, out.tolist(), strict=True)]
-
-    def prompt(self, question: Question) -> str:
-        return build_prompt(
-            question.text, self.conv_mode, len(question.images), self.im_start_end, self.tokenizer
-        )
-
-    def _picture(self, image: str) -> Image.Image:
-        picture = load_image(self.image_folder / image)
-        return blind_image(picture.size, self.image_processor) if self.blind else picture
-
-    def check_length(self, question: Question, prompt: str, own: list[Image.Image]) -> None:
-        """A prompt that does not fit ends the run with a message that names the question."""
-        counts: list[int] = []
-        if own:
-            side = math.isqrt(self.model.get_vision_tower().num_patches)
-            tile = crop_side(self.image_processor)
-            sizes = [picture.size for picture in own]
-            counts = count_visual_tokens(sizes, self.model.config, tile, side)
-        ids = tokenize_prompt(prompt, self.tokenizer)
-        try:
-            check_context(ids, counts, self.model.context_length)
-        except ValueError as err:
-            raise ValueError(f"question {question.question_id!r}: {err}") from err
-
-    def record(self, question: Question, ids: list[int]) -> dict[str, Any]:
-        """LLaVA's answer record; `ids` are the new tokens with whatever pads them."""
-        ids, ended = cut_at_eos(ids, self.eos)
-        answer_id = hashlib.sha1(f"{question.uid} {self.settings}".encode()).hexdigest()[:22]
-        return {
-            "question_id": question.question_id,
-            "prompt": question.text,
-            "text": answer_text(ids, self.tokenizer, self.stop),
-            "answer_id": answer_id,
-            "model_id": self.model_id,
-            "metadata": {},
-            "uid": question.uid,
-            "finish": "eos" if ended else "length",
-            "n_out": len(ids),
-        }
-
-
-def _device(model: Any) -> torch.device:
-    return torch.device(model.device)
-
-
-def write_answers(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write an answers file, one JSON object a line; whole or not at all."""
-    with atomic_write(path) as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-# --- command line --------------------------------------------------------------------------------
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model answers and how (shared with `llava eval`)."""
-    parser.add_argument("--model-path", required=True, help="checkpoint folder")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--blind", action="store_true", help="show a grey picture instead")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="for sampling")
-    add_reduction_flags(parser)
-    parser.add_argument("--pdrop_infer", nargs="?", help="accepted from old scripts, has no effect")
-
-
-def load_from_flags(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
-    """(tokenizer, model, image processor, model name) of the model flags."""
-    from llava.model.builder import load_pretrained_model
-
-    path = Path(args.model_path).expanduser()
-    name = get_model_name_from_path(str(path))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    set_seed(args.seed)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        str(path), args.model_base, name, device_map=None, device=device
-    )
-    return tokenizer, model.eval(), image_processor, name
-
-
-def decoding_from_flags(args: argparse.Namespace, max_new_tokens: int) -> Decoding:
-    """The decoding that the flags ask for."""
-    return Decoding(max_new_tokens, args.temperature, args.top_p, args.num_beams)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `llava answer`."""
-    flags = argparse.ArgumentParser(prog="llava answer", description="Answer a question file.")
-    add_model_flags(flags)
-    flags.add_argument("--image-folder", default="")
-    flags.add_argument("--question-file", required=True)
-    flags.add_argument("--answers-file", default="answer.jsonl")
-    flags.add_argument("--num-chunks", type=int, default=1)
-    flags.add_argument("--chunk-idx", type=int, default=0)
-    flags.add_argument("--max_new_tokens", type=int, default=128)
-    flags.add_argument("--limit", type=int, help="only the first so many questions")
-    return flags
-
-
-@user_errors()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Answer a question file (or one chunk of it) and write the answers file."""
-    args = parser().parse_args(argv)
-    # Everything that can be wrong with the input is looked at before the model is loaded.
-    plan = plan_from_args(args)
-    decoding = decoding_from_flags(args, args.max_new_tokens)
-    questions = first(read_questions(args.question_file), args.limit)
-    questions = get_chunk(questions, args.num_chunks, args.chunk_idx)
-    check_images_exist(questions, args.image_folder)
-    tokenizer, model, image_processor, name = load_from_flags(args)
-    records = answer_questions(
-        model,
-        tokenizer,
-        image_processor,
-        questions,
-        image_folder=args.image_folder,
-        conv_mode=args.conv_mode,
-        reduction=plan,
-        batch_size=args.batch_size,
-        decoding=decoding,
-        blind=args.blind,
-        model_id=name,
-    )
-    write_answers(args.answers_file, records)
-    log.info("wrote %s", args.answers_file)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def finish(folder: RunFolder, merged: Merged, ranks: Ranks) -> dict[str, Any] | None:
+    """Write the answers file of a run that is complete and note its speed; None when it is not."""
+    total = len(merged.records) + len(merged.missing)
+    if merged.missing:
+        log.warning(
+            "%s: %d of %d questions answered; the rest is for the other processes, or for the same "
+            "command again", folder.path, len(merged.records), total,
+        )  # fmt: skip
+        return None
+    write_answers(folder.answers, merged.records)
+    speed = summarise(folder.timings(), ranks.world, folder.baseline_speed())
+    folder.note(speed=speed)
+    return speed

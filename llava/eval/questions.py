@@ -101,11 +101,17 @@ def _question(record: dict[str, Any], where: str, name: str, place: int) -> Ques
     )
 
 
+def file_sha256(path: str | Path) -> str:
+    """What a run remembers of its question file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def check_images_exist(questions: Iterable[Question], image_folder: str | Path) -> None:
     """FileNotFoundError that names the first missing pictures, before a long run starts."""
     folder = Path(image_folder)
     asked = dict.fromkeys(image for question in questions for image in question.images)
-    missing = [str(folder / image) for image in asked if not (folder / image).is_file()]
+    files = [image for image in asked if not image.startswith("data:")]
+    missing = [str(folder / image) for image in files if not (folder / image).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FileNotFoundError(f"image file not found: {', '.join(missing[:3])}{more}")

@@ -4,38 +4,39 @@
         "pyramiddrop:layers=[2,4,6],ratios=[0.5,0.25,0.125]" --json scores.json
 
 Each run has a folder `results/<benchmark>/<run>/` with `run.json` (settings, versions, hash of the
-question file), `answers.jsonl` and `scores.json` (with a score a question); the same settings give
-the same folder. Accuracies are in per cent with a 95 % interval. `digits` means all digits sets.
+question file, speed), `answers.jsonl` and `scores.json` (with a score a question); the same
+settings give the same folder, so that a killed run goes on where it was. Under torchrun or Slurm
+the processes share the work, and the last one scores. Accuracies are in per cent with a 95 %
+interval. `digits` means all digits sets.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.conversation import resolve_conv_mode
 from llava.decoding import Decoding
-from llava.eval.answer import (
+from llava.eval.answer import Answerer, answer_in_folder, finish
+from llava.eval.benchmarks import DATA_ROOT, LoadedBenchmark, load_benchmark, resolve_names
+from llava.eval.flags import (
     add_model_flags,
-    answer_questions,
+    answerer_options,
     decoding_from_flags,
     load_from_flags,
-    write_answers,
+    model_settings,
 )
-from llava.eval.benchmarks import DATA_ROOT, LoadedBenchmark, load_benchmark, resolve_names
-from llava.eval.questions import check_images_exist
+from llava.eval.questions import check_images_exist, file_sha256
+from llava.eval.run_folder import Record, RunFolder, config_hash
 from llava.eval.scorers import Scores
-from llava.reduction import ReductionPlan, resolve_plan
+from llava.eval.throughput import format_line
 from llava.reduction.flags import plan_from_args
-from llava.utils import environment, get_logger, json_dump, user_errors
+from llava.utils import Ranks, environment, get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
 
@@ -45,9 +46,8 @@ class Result:
     """One benchmark answered with one plan: `row` is the line for tables and JSON."""
 
     row: dict[str, Any]
-    answers: list[dict[str, Any]]
+    answers: list[Record]
     scores: Scores
-    settings: dict[str, Any]
 
 
 def evaluate(
@@ -56,63 +56,54 @@ def evaluate(
     image_processor: Any,
     loaded: LoadedBenchmark,
     *,
-    reduction: ReductionPlan | str | dict | None = None,
-    conv_mode: str | None = None,
-    batch_size: int = 8,
     decoding: Decoding | None = None,
-    blind: bool = False,
-    model_id: str = "",
+    **settings: Any,
 ) -> Result:
-    """Answer a loaded benchmark and score it. Raises what `answer_questions` raises.
+    """Answer a loaded benchmark and score it, without a folder. settings: of `Answerer`; raises
+    what it and its `answer_all` raise.
 
     `row` has checkpoint, plan ("none" for no dropping), plan_source, blind, set, accuracy, low,
     high (per cent), n, n_missing and questions_per_second.
     """
-    name = loaded.benchmark.name
-    plan, source = resolve_plan(reduction, model.config)
-    decoding = decoding or Decoding(loaded.benchmark.max_new_tokens)
-    start = time.perf_counter()
-    answers = answer_questions(
+    answerer = Answerer(
         model,
         tokenizer,
         image_processor,
-        loaded.questions,
         image_folder=loaded.image_folder,
-        conv_mode=conv_mode,
-        reduction=reduction,
-        batch_size=batch_size,
-        decoding=decoding,
-        blind=blind,
-        model_id=model_id,
-        desc=f"{name} {'blind ' * blind}{_method(str(plan))}",
+        decoding=decoding or Decoding(loaded.benchmark.max_new_tokens),
+        **settings,
     )
+    start = time.perf_counter()
+    answers = answerer.answer_all(loaded.questions, describe(loaded, answerer))
     seconds = time.perf_counter() - start
     scores = loaded.score(answers)
-    row = {
-        "checkpoint": model_id,
-        "plan": str(plan),
-        "plan_source": source,
-        "blind": blind,
-        "set": name,
+    rate = scores.n / seconds if seconds else None
+    return Result(result_row(loaded, answerer, scores, rate), answers, scores)
+
+
+def describe(loaded: LoadedBenchmark, answerer: Answerer) -> str:
+    """What a progress bar says."""
+    method = _method(str(answerer.plan))
+    return f"{loaded.benchmark.name} {'blind ' * answerer.blind}{method}"
+
+
+def result_row(
+    loaded: LoadedBenchmark, answerer: Answerer, scores: Scores, rate: float | None
+) -> dict[str, Any]:
+    """The line of a benchmark for tables and JSON."""
+    return {
+        "checkpoint": answerer.model_id,
+        "plan": str(answerer.plan),
+        "plan_source": answerer.plan_source,
+        "blind": answerer.blind,
+        "set": loaded.benchmark.name,
         "accuracy": scores.value,
         "low": scores.low,
         "high": scores.high,
         "n": scores.n,
         "n_missing": scores.n_missing,
-        "questions_per_second": scores.n / seconds if seconds else None,
+        "questions_per_second": rate,
     }
-    settings = {
-        "benchmark": name,
-        "checkpoint": model_id,
-        "plan": str(plan),
-        "plan_source": source,
-        "conv_mode": resolve_conv_mode(conv_mode, model.config)[0],
-        "decoding": asdict(decoding),
-        "blind": blind,
-        "n": scores.n,
-        "questions_sha256": hashlib.sha256(loaded.question_file.read_bytes()).hexdigest(),
-    }
-    return Result(row, answers, scores, settings)
 
 
 def _method(plan: str) -> str:
@@ -120,24 +111,48 @@ def _method(plan: str) -> str:
     return "plan" if plan.startswith("{") else plan.split(":")[0]
 
 
-def run_name(settings: dict[str, Any]) -> str:
+def run_name(settings: Mapping[str, Any], checkpoint: str) -> str:
     """Folder name of a run: checkpoint, method and a hash of all settings."""
-    digest = hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     method = _method(settings["plan"]) + "-blind" * settings["blind"]
-    return re.sub(r"[^\w.-]+", "_", f"{settings['checkpoint']}-{method}-{digest}")
+    return re.sub(r"[^\w.-]+", "_", f"{checkpoint}-{method}-{config_hash(settings)[:8]}")
 
 
-def save_run(result: Result, root: str | Path, model_path: str | Path = "") -> Path:
-    """Write a run's folder below `root` and return it; `scores.json` is written last.
+def run_in_folder(
+    loaded: LoadedBenchmark,
+    answerer: Answerer,
+    ranks: Ranks,
+    results: str | Path,
+    weights: Mapping[str, Any],
+    limit: int | None = None,
+) -> tuple[RunFolder, dict[str, Any] | None]:
+    """Answer what a benchmark's run still lacks and, once all is there, score it.
 
-    model_path: where the checkpoint is, so that two of one name are two runs.
+    weights: what identifies the model (`model_settings`). Returns the folder and the row, None as
+    long as other processes have batches to answer, or for a set that only a server can score.
     """
-    settings = {**result.settings, "model_path": str(model_path and Path(model_path).resolve())}
-    folder = Path(root) / settings["benchmark"] / run_name(settings)
-    json_dump(folder / "run.json", {**settings, "environment": environment()})
-    write_answers(folder / "answers.jsonl", result.answers)
-    json_dump(folder / "scores.json", asdict(result.scores))
-    return folder
+    name = loaded.benchmark.name
+    settings = {
+        "benchmark": name,
+        **answerer.settings(),
+        **weights,
+        "n": len(loaded.questions),
+        "questions_sha256": file_sha256(loaded.question_file),
+    }
+    path = Path(results) / name / run_name(settings, answerer.model_id)
+    folder = RunFolder(path, settings)
+    notes = {"question_file": str(loaded.question_file), "limit": limit}
+    what = describe(loaded, answerer)
+    merged = answer_in_folder(answerer, folder, loaded.questions, ranks, desc=what, notes=notes)
+    speed = finish(folder, merged, ranks)
+    if speed is None:
+        return folder, None
+    log.info("%s: %s", path, format_line(speed))
+    if loaded.labels is None:
+        log.info("%s: the right answers are with its server; see `llava export`", name)
+        return folder, None
+    scores = loaded.score(merged.records)
+    json_dump(path / "scores.json", asdict(scores))
+    return folder, result_row(loaded, answerer, scores, speed["questions_per_second"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -159,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint on the named benchmarks."""
     args = parser().parse_args(argv)
     # Everything that can be wrong with the input is looked at before the model is loaded.
-    plan = plan_from_args(args)
+    plan, ranks = plan_from_args(args), Ranks.from_environment()
     names = resolve_names(args.benchmarks)
     sets = [load_benchmark(name, args.data_root, args.limit) for name in names]
     own = args.max_new_tokens is None
@@ -169,25 +184,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for loaded in sets:
         check_images_exist(loaded.questions, loaded.image_folder)
-    tokenizer, model, image_processor, name = load_from_flags(args)
-    rows = []
+    tokenizer, model, image_processor, name = load_from_flags(args, ranks)
+    weights, rows = model_settings(args), []
     for loaded, decoding in zip(sets, decodings, strict=True):
-        result = evaluate(
+        answerer = Answerer(
             model,
             tokenizer,
             image_processor,
-            loaded,
-            reduction=plan,
-            conv_mode=args.conv_mode,
-            batch_size=args.batch_size,
-            decoding=decoding,
-            blind=args.blind,
             model_id=name,
+            image_folder=loaded.image_folder,
+            decoding=decoding,
+            reduction=plan,
+            **answerer_options(args),
         )
-        log.info("wrote %s", save_run(result, args.results, args.model_path))
-        rows.append(result.row)
-        sys.stdout.write(format_row(result.row) + "\n")
-        sys.stdout.flush()
+        _, row = run_in_folder(loaded, answerer, ranks, args.results, weights, args.limit)
+        if row is not None:
+            rows.append(row)
+            sys.stdout.write(format_row(row) + "\n")
+            sys.stdout.flush()
     if args.json:
         json_dump(args.json, {"rows": rows, "environment": environment()})
     return 0

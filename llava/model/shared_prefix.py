@@ -209,10 +209,9 @@ def encode_prefix(
     rows = len(layout.lengths)
     if layout.kind == "packed" or layout.targets:
         raise ValueError("a prefix is a padded batch without labels")
-    if plan.texts:
-        raise ValueError(f"{plan} compares with texts of the question; give whole prompts")
-    if plan.rerank:
-        raise ValueError(f"{plan} runs the whole prompt at every token; give whole prompts")
+    reason = needs_whole_prompts(plan)
+    if reason:
+        raise ValueError(f"{plan} {reason}; give whole prompts")
     if (questions is None and rows != 1) or (questions is not None and len(questions) != rows):
         raise ValueError(
             f"{rows} prefixes with questions={questions!r}; give the number of questions of each"
@@ -241,6 +240,15 @@ def encode_prefix(
         before=record.watched,
         cache=cache,
     )
+
+
+def needs_whole_prompts(plan: ReductionPlan) -> str | None:
+    """Why a plan cannot start from a prefix; None when it can."""
+    if plan.texts:
+        return "compares with texts of the question"
+    if plan.rerank:
+        return "runs the whole prompt at every token"
+    return None
 
 
 def sharable_layers(decoder: Any, plan: ReductionPlan, width: int) -> int:

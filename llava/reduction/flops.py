@@ -270,6 +270,26 @@ def prefill_flops(
     return sum(stage_flops(shape, stage) for stage in stages) + head_flops(shape, rows)
 
 
+def shared_prefill_flops(
+    shape: ModelShape,
+    stages: Sequence[StageFacts],
+    prefix: Sequence[StageFacts],
+    owners: Sequence[int],
+    depth: int,
+) -> int:
+    """``prefill_flops`` when the first ``depth`` layers run a common prefix once.
+
+    stages: of the whole prompts; prefix: of the common beginnings; owners: the prefix of each
+    prompt. Each prompt but one is spared the shared layers over its prefix.
+    """
+    total = prefill_flops(shape, stages)
+    spared = [owners.count(row) - 1 for row in range(len(prefix[0].lengths))]
+    for stage in prefix:
+        costs = layer_costs(shape, stage.within(range(depth)))  # layer by layer, all rows of each
+        total -= sum(cost.flops * spared[i % len(spared)] for i, cost in enumerate(costs))
+    return total
+
+
 def decode_flops(shape: ModelShape, stages: Sequence[StageFacts], step: int = 1) -> int:
     """One decode step of all samples; ``step`` counts from 1, the first token after the prompt."""
     total = sum(

@@ -6,6 +6,7 @@ picture or a mask in the wrong place changes an answer.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -16,12 +17,15 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from llava.decoding import Decoding
-from llava.eval import answer as answer_module
+from llava.eval import answer_file as answer_module
 from llava.eval import run as run_module
-from llava.eval.answer import answer_questions, main
+from llava.eval.answer import answer_questions
+from llava.eval.answer_file import main
+from llava.eval.batches import common_prefix, plan_batches
 from llava.eval.benchmarks import load_benchmark, resolve_names
-from llava.eval.questions import read_questions
+from llava.eval.questions import Question, read_questions
 from llava.mm_utils import clip_image_processor_class
+from llava.model.multimodal_prep import Splicer
 from llava.prompting import build_prompt, tokenize_prompt
 from llava.reduction import ReductionPlan
 
@@ -42,47 +46,74 @@ def processor():
 
 
 class Model:
-    """Says the colour of each of a sample's pictures, then its number of tokens."""
+    """Says the colour of each of a question's pictures, then its number of tokens.
+
+    It takes what the generator gives a real model: ids, pictures, `Splicer`'s table and prefixes.
+    """
 
     device, dtype = "cpu", torch.float32
 
     def __init__(self, tokenizer, context_length=512, **config):
-        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer = tokenizer
         self.config = SimpleNamespace(
             image_aspect_ratio="pad",
             num_hidden_layers=4,
+            num_attention_heads=2,
+            hidden_size=8,
+            intermediate_size=8,
+            vocab_size=len(tokenizer),
             visual_token_reduction=None,
             conv_mode="v1",
         )
         vars(self.config).update(config)
+        self.splicer = Splicer(self.config, 4, 2, 28, context_length)
         self.calls = []
 
     def eval(self):
         return self
 
     def get_vision_tower(self):
-        return SimpleNamespace(num_patches=4)
+        return None
 
-    def generate(self, inputs, attention_mask, images, image_sizes, reduction, **kwargs):
-        marks = (inputs == -200).sum(1)
+    def build_sequence(self, ids, images, splice, kind):
+        assert kind == splice.layout.kind == "left"
+        assert len(ids) == len(splice.shown)
+        real = [int(group) for group in splice.layout.lengths]
+        words = [[colour(images[i]) for i in shown] for shown in splice.shown]
+        marks = [3 * len(shown) for shown in splice.shown]  # a mark becomes four tokens
+        return [(own, n - more) for own, n, more in zip(words, real, marks, strict=True)]
+
+    def encode_prefix(self, sequence, plan, *, questions, room):
+        assert len(questions) == len(sequence)
+        owners = [row for row, count in enumerate(questions) for _ in range(count)]
+        return SimpleNamespace(rows=[sequence[row] for row in owners], depth=2, room=room)
+
+    def build_suffixes(self, ids, mask):
+        assert (mask[:, 0] == 1).all(), "padded on the wrong side"
+        return [([], int(row.sum())) for row in mask]
+
+    def generate(self, sequence, prefix, reduction, stopping_criteria, **kwargs):
         assert not torch.is_grad_enabled()
-        assert (attention_mask[:, -1] == 1).all(), "padded on the wrong side"
-        assert marks.sum() == (0 if images is None else len(images))
-        self.calls.append(SimpleNamespace(rows=len(inputs), reduction=reduction, **kwargs))
-        rows, seen = [], 0
-        for mask, n in zip(attention_mask, marks.tolist(), strict=True):
-            words = []
-            for pixels in [] if images is None else images[seen : seen + n]:
-                channel = pixels.mean((1, 2))
-                word = "grey" if channel.abs().max() < 0.1 else list(COLOURS)[int(channel.argmax())]
-                words.append(word)
-            seen += n
-            text = " ".join([*words, str(int(mask.sum()))])
+        (first_token,) = stopping_criteria
+        assert not first_token(torch.zeros(len(sequence), 1), None).any()
+        heads = [([], 0)] * len(sequence) if prefix is None else prefix.rows
+        assert prefix is None or prefix.room == max(n for _, n in sequence)
+        self.calls.append(
+            SimpleNamespace(rows=len(sequence), reduction=reduction, shared=prefix, **kwargs)
+        )
+        rows = []
+        for (seen, before), (more, behind) in zip(heads, sequence, strict=True):
+            text = " ".join([*seen, *more, str(before + behind)])
             ids = self.tokenizer(text).input_ids[1:]
             rows.append((ids + [self.tokenizer.eos_token_id])[: kwargs["max_new_tokens"]])
         width = max(map(len, rows))
         pad = kwargs["pad_token_id"]
         return torch.tensor([r + [pad] * (width - len(r)) for r in rows])
+
+
+def colour(pixels):
+    channel = pixels.mean((1, 2))
+    return "grey" if channel.abs().max() < 0.1 else list(COLOURS)[int(channel.argmax())]
 
 
 @pytest.fixture
@@ -96,7 +127,7 @@ def folder(tmp_path):
         (["blue.png", "green.png"], "Which two?"),
         ("green.png", "Short?"),
         (["red.png", "red.png", "blue.png"], "A question that is somewhat longer than others."),
-        ("blue.png", "What?"),
+        ("green.png", "What?"),
         (None, "Hi"),
     ]
     with open(tmp_path / "q.jsonl", "w") as file:
@@ -116,15 +147,50 @@ def expected(questions, tokenizer, grey=False):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 20])
-def test_answers_do_not_depend_on_the_batch(folder, tokenizer, processor, batch_size):
+@pytest.mark.parametrize("share", [True, False])
+def test_answers_do_not_depend_on_the_batch(folder, tokenizer, processor, batch_size, share):
+    """Every question gets its own pictures and its own words, whatever it stands with."""
     model, questions = Model(tokenizer), read_questions(folder / "q.jsonl")
     records = answer_questions(
         model, tokenizer, processor, questions,
-        image_folder=folder, batch_size=batch_size, model_id="m",
+        image_folder=folder, batch_size=batch_size, model_id="m", share=share, workers=share,
     )  # fmt: skip
     assert [r["text"] for r in records] == expected(questions, tokenizer)
-    assert [call.rows for call in model.calls][0] == min(batch_size, 7)
+    assert max(call.rows for call in model.calls) <= batch_size
     assert sum(call.rows for call in model.calls) == 7
+    # Two questions are about the green picture.
+    assert any(call.shared for call in model.calls) == (share and batch_size > 1)
+
+
+def test_a_picture_with_too_many_questions_is_split(tokenizer):
+    asked = [Question(f"s:{i}:0", i, "x" * (9 - i), ("a.png",)) for i in range(7)]
+    asked += [Question("s:7:0", 7, "longest of all", ("b.png",)), Question("s:8:0", 8, "y")]
+    batches = plan_batches(asked, 3)
+    assert [batch.pictures for batch in batches] == [
+        ((7,), (0, 1)), ((2, 3),), ((4, 5, 6),), ((8,),),
+    ]  # fmt: skip
+    assert batches == plan_batches(asked, 3)
+    assert [batch.number for batch in batches] == [0, 1, 2, 3]
+    tall = plan_batches(asked, 9, lambda q: 5 if q.images == ("a.png",) else 1)
+    assert [batch.pictures for batch in tall] == [(tuple(range(7)), (7,), (8,))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [([[1, 2, 3]], 2), ([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 4]], 1), ([[1], [2]], 0)],
+)
+def test_what_prompts_have_in_common_leaves_each_a_token(rows, length):
+    assert common_prefix(rows) == length
+
+
+def test_a_picture_inside_the_question_is_not_shared(folder, tokenizer, processor):
+    """What the prompts have in common ends in front of the picture: whole prompts, one tower."""
+    text = ["Which one? <image>", "Whose is <image> this?"]
+    asked = [Question(f"s:{i}:0", i, each, ("red.png",)) for i, each in enumerate(text)]
+    model = Model(tokenizer)
+    records = answer_questions(model, tokenizer, processor, asked, image_folder=folder)
+    assert [call.shared for call in model.calls] == [None]
+    assert [record["text"].split()[0] for record in records] == ["red", "red"]
 
 
 def test_record_has_llavas_keys(folder, tokenizer, processor):
@@ -132,14 +198,22 @@ def test_record_has_llavas_keys(folder, tokenizer, processor):
     kwargs = {"image_folder": folder, "model_id": "m"}
     model = Model(tokenizer)
     first, *rest = answer_questions(model, tokenizer, processor, questions, **kwargs)
-    assert list(first)[:6] == [
-        "question_id", "prompt", "text", "answer_id", "model_id", "metadata",
-    ]  # fmt: skip
+    mmbench = dataclasses.replace(questions[0], meta={"round_id": 0, "options": ["a"], "no": 1})
+    (extended,) = answer_questions(model, tokenizer, processor, [mmbench], **kwargs)
+    assert (extended["round_id"], extended["options"]) == (0, ["a"])
+    assert "no" not in extended
+    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} < set(first)
+    assert set(first) - set(rest[0]) == set()
+    assert first["v"] == 1
+    assert first["uid"] == questions[0].uid
+    assert first["n_visual"] == {"in": 4, "layers": []}
+    assert first["latency_ms"] > 0
     assert (first["question_id"], first["prompt"]) == (0, "What colour is this?")
     assert (first["model_id"], first["metadata"], first["finish"]) == ("m", {}, "eos")
     assert first["n_out"] == len(tokenizer(first["text"]).input_ids)  # its BOS stands for the EOS
     again = answer_questions(model, tokenizer, processor, questions, **kwargs)
     other = answer_questions(model, tokenizer, processor, questions, reduction=PLAN, **kwargs)
+    assert other[0]["n_visual"] == {"in": 4, "layers": [[1, 2], [2, 1]]}
     ids = {r["answer_id"] for r in [first, *rest]}
     assert len(ids) == 7
     assert {r["answer_id"] for r in again} == ids
@@ -183,12 +257,16 @@ def test_which_plan_is_run(folder, tokenizer, processor, stored, asked, plan):
 
 def test_decoding_reaches_generate(folder, tokenizer, processor):
     model = Model(tokenizer)
-    for decoding in (Decoding(), Decoding(9, temperature=0.2, top_p=0.9, num_beams=2)):
+    beams = Decoding(9, temperature=0.2, top_p=0.9, num_beams=2)
+    for decoding in (Decoding(), beams, Decoding(temperature=0.2, top_p=0.9)):
         answer_questions(
             model, tokenizer, processor, read_questions(folder / "q.jsonl")[:1],
             image_folder=folder, decoding=decoding,
         )  # fmt: skip
-    greedy, sampled = model.calls
+    greedy, sampled, own = model.calls
+    assert own.do_sample is False
+    (sampler,) = own.logits_processor
+    assert (sampler.temperature, sampler.top_p.top_p) == (0.2, 0.9)
     assert (greedy.do_sample, greedy.num_beams, greedy.max_new_tokens) == (False, 1, 128)
     assert not hasattr(greedy, "temperature")
     assert (sampled.do_sample, sampled.temperature, sampled.top_p) == (True, 0.2, 0.9)
@@ -200,7 +278,7 @@ def test_decoding_reaches_generate(folder, tokenizer, processor):
 def test_a_prompt_that_does_not_fit_is_named(folder, tokenizer, processor):
     model = Model(tokenizer, context_length=60)
     questions = read_questions(folder / "q.jsonl")
-    with pytest.raises(ValueError, match=r"question 0: the prompt has \d+ tokens \(4 of them vis"):
+    with pytest.raises(ValueError, match=r"question 2: the prompt has \d+ tokens \(12 of them"):
         answer_questions(model, tokenizer, processor, questions, image_folder=folder)
     assert model.calls == []
 
@@ -227,7 +305,7 @@ def shipped(monkeypatch, tokenizer, processor):
     model = Model(tokenizer)
     loaded = (tokenizer, model, processor, "tiny")
     for module in (answer_module, run_module):
-        monkeypatch.setattr(module, "load_from_flags", lambda args: loaded)
+        monkeypatch.setattr(module, "load_from_flags", lambda args, ranks: loaded)
     return model
 
 
@@ -239,13 +317,25 @@ def flags(folder, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_main_writes_chunks_that_make_the_whole(folder, shipped, tokenizer):
+def test_main_writes_chunks_that_make_the_whole(folder, shipped, tokenizer, capsys):
     texts = []
     for chunk in range(3):
-        assert main(flags(folder, "--num-chunks", "3", "--chunk-idx", str(chunk))) == 0
-        lines = (folder / "out" / "a.jsonl").read_text().splitlines()
+        path, part = folder / "out" / f"3_{chunk}.jsonl", ["--num-chunks", "3"]
+        argv = flags(folder, *part, "--chunk-idx", str(chunk), "--answers-file", str(path))
+        assert main(argv) == 0
+        lines = path.read_text().splitlines()
         texts += [json.loads(line)["text"] for line in lines]
     assert texts == expected(read_questions(folder / "q.jsonl"), tokenizer)
+    # The same command again has nothing to do; another one does not write over its answers.
+    shipped.calls.clear()
+    assert main(argv) == 0
+    assert shipped.calls == []
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--blind"])
+    assert stop.value.code == 2
+    assert "blind: False there, True asked" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_main_takes_the_flags_of_old_scripts(folder, shipped):
@@ -285,10 +375,11 @@ def test_main_refuses_bad_input_in_one_line(folder, shipped, capsys, more, says)
 
 def test_a_damaged_picture_leaves_no_answers_file(folder, shipped, capsys):
     (folder / "blue.png").write_bytes((folder / "blue.png").read_bytes()[:40])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         main(flags(folder))
+    assert stop.value.code == 2
     assert "blue.png" in capsys.readouterr().err
-    assert not (folder / "out").exists()
+    assert not (folder / "out" / "a.jsonl").exists()
 
 
 # --- benchmarks ----------------------------------------------------------------------------------
@@ -330,7 +421,8 @@ def test_llava_eval_scores_and_writes(data_root, tmp_path, shipped, capsys):
     assert (row["checkpoint"], row["n"], row["n_missing"]) == ("tiny", 6, 0)
     (run,) = (results / "digits_vqav2").iterdir()
     assert run.name.startswith("tiny-pyramiddrop-")
-    assert {p.name for p in run.iterdir()} == {"run.json", "answers.jsonl", "scores.json"}
+    names = {"run.json", "shards", "answers.jsonl", "scores.json"}
+    assert {p.name for p in run.iterdir()} == names
     scores = json.loads((run / "scores.json").read_text())
     assert [item["score"] for item in scores["per_item"]] == [0, 1, 1, 1, 1, 1]
     settings = json.loads((run / "run.json").read_text())

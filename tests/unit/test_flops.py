@@ -284,3 +284,30 @@ def test_main_writes_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(path.read_text()) == found
     flops.main(words)
     assert json.loads(path.read_text())["kept_tokens"] == [5184]
+
+
+def test_a_shared_prefix_is_paid_once() -> None:
+    """Two prompts share one prefix, a third has its own: written out token by token."""
+    shape = replace(SEVEN_B, layers=4)
+    plan = ReductionPlan.pyramid([2], [0.5])
+    heads = plan.schedule(Layout.simple(5, 16, 3, batch=2), 4)
+    groups = Layout.simple(5, 16, 3, batch=3).groups
+    whole = plan.schedule(Layout((26, 31, 25), groups, (1, 1, 1)), 4)
+    assert [stage.lengths for stage in whole] == [(26, 31, 25), (18, 23, 17)]
+
+    def token(place: int) -> int:
+        return 2 * shape.layer_weights + 4 * shape.heads * shape.head_dim * (place + 1)
+
+    def run(*tokens: range) -> int:
+        return sum(token(place) for part in tokens for place in part)
+
+    first = run(range(24), range(24, 26), range(24, 31)) + run(range(25))
+    second = run(range(18), range(23), range(17))
+    head = flops.head_flops(shape, 3)
+    found = [
+        flops.shared_prefill_flops(shape, whole, heads, (0, 0, 1), depth) for depth in (0, 1, 2)
+    ]
+    unshared = run(range(26), range(31), range(25))
+    assert found[2] == 2 * first + 2 * second + head
+    assert found[1] == first + unshared + 2 * second + head
+    assert found[0] == flops.prefill_flops(shape, whole)

@@ -1,0 +1,108 @@
+"""The flags that say which model answers and how, shared by `llava answer` and `llava eval`.
+
+llava eval pope --model-path checkpoints/llava-v1.5-7b --load-4bit --batch-size 16
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.decoding import Decoding
+from llava.eval.answer import WORKERS
+from llava.eval.run_folder import config_hash
+from llava.mm_utils import get_model_name_from_path
+from llava.reduction.flags import add_reduction_flags
+from llava.utils import Ranks
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model answers and how (shared with `llava eval`)."""
+    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="for sampling")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions answered together")
+    parser.add_argument("--blind", action="store_true", help="show a grey picture instead")
+    parser.add_argument(
+        "--no-share", action="store_true", help="whole prompts: no common prefill for a picture"
+    )
+    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that open pictures")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: this process's GPU)")
+    parser.add_argument("--device-map", help='spread one model over GPUs: "auto"')
+    parser.add_argument("--dtype", help="checkpoint, float32, bfloat16 or float16")
+    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--load-8bit", action="store_true")
+    add_reduction_flags(parser)
+    parser.add_argument("--pdrop_infer", nargs="?", help="accepted from old scripts, has no effect")
+
+
+def default_device(ranks: Ranks) -> str:
+    """This process's own GPU, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{ranks.local % torch.cuda.device_count()}"
+
+
+def load_from_flags(args: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, Any, str]:
+    """(tokenizer, model, image processor, model name) of the model flags, on this process's
+    device."""
+    from llava.model.builder import load_pretrained_model
+
+    accepted = ("checkpoint", "float32", "bfloat16", "float16")
+    if args.dtype not in (None, *accepted):
+        raise ValueError(f"--dtype {args.dtype!r}; accepted: {', '.join(accepted)}")
+    dtype = args.dtype if args.dtype in (None, "checkpoint") else getattr(torch, args.dtype)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        load_4bit=args.load_4bit,
+        load_8bit=args.load_8bit,
+        device_map=args.device_map,
+        device=args.device or default_device(ranks),
+        dtype=dtype,
+    )
+    name = get_model_name_from_path(str(args.model_path))
+    return tokenizer, model.eval(), image_processor, name
+
+
+def answerer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Answerer` that the model flags set."""
+    return {
+        "conv_mode": args.conv_mode,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "blind": args.blind,
+        "share": not args.no_share,
+        "workers": args.workers,
+    }
+
+
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What identifies the weights: where they are, their files, how they are loaded."""
+    path = Path(args.model_path).expanduser()
+    return {
+        "model_path": str(path.resolve()) if path.is_dir() else str(args.model_path),
+        "model_base": args.model_base,
+        "model_files": folder_fingerprint(path) if path.is_dir() else None,
+        "load": "4bit" if args.load_4bit else "8bit" if args.load_8bit else "full",
+    }
+
+
+def folder_fingerprint(path: Path) -> str:
+    """A hash of a checkpoint's config and of its files' names and sizes."""
+    files = sorted((file.name, file.stat().st_size) for file in path.iterdir() if file.is_file())
+    config = path / "config.json"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return config_hash({"files": files, "config": text})
+
+
+def decoding_from_flags(args: argparse.Namespace, max_new_tokens: int) -> Decoding:
+    """The decoding that the flags ask for."""
+    return Decoding(max_new_tokens, args.temperature, args.top_p, args.num_beams)
