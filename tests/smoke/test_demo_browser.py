@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -44,7 +45,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running demo of a tiny model with one example."""
-    pytest.importorskip("gradio")
+    if importlib.util.find_spec("gradio") is None:
+        missing("gradio (the extra serve)")
     root = tmp_path_factory.mktemp("demo")
     picture = root / "noise.png"
     Image.effect_noise((56, 56), 80).convert("RGB").save(picture)
