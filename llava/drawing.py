@@ -16,12 +16,12 @@ from typing import Any
 
 COLOURS: dict[str, str] = {
     "pyramiddrop": "#2457d6",
-    "random": "#d9730d",
+    "random": "#e07b00",
     "uniform": "#0f8a5f",
-    "fastv": "#b3261e",
+    "fastv": "#c81e1e",
     "simignore": "#7c3aed",
-    "adaptprune": "#be185d",
-    "yopo": "#0e7490",
+    "adaptprune": "#e0559f",
+    "yopo": "#0891b2",
     "none": "#1a1d23",
     "blind": "#8a919e",
 }
@@ -231,10 +231,10 @@ def run_stages(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**stage, "cut": cut} for stage, cut in zip(run["stages"], cuts, strict=True)]
 
 
-def caption(stage: Mapping[str, Any]) -> str:
+def caption(stage: Mapping[str, Any], unit: str = " tokens") -> str:
     """``layers 2–3: 32 tokens``."""
     count = sum(len(kept) for kept in stage["kept"])
-    return f"{layer_span(stage['start'], stage['stop'])}: {count} tokens"
+    return f"{layer_span(stage['start'], stage['stop'])}: {count}{unit}"
 
 
 def layer_span(start: int, stop: int) -> str:
@@ -273,8 +273,9 @@ def stage_figures(
             for image, grid, kept in zip(images, every, stage["kept"], strict=True)
         ]
         below = score_maps(stage["cut"], every, images) if scores else ""
+        words = caption(stage) if scores else caption(stage, "")
         figures.append(
-            f"<figure>{side_by_side(maps)}<figcaption>{caption(stage)}</figcaption>{below}</figure>"
+            f"<figure>{side_by_side(maps)}<figcaption>{words}</figcaption>{below}</figure>"
         )
     return "".join(figures)
 

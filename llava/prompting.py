@@ -180,6 +180,23 @@ def prepare_batch(
     return batch
 
 
+def questions_batch(
+    tokenizer: Any,
+    image_processor: Any,
+    model_config: Any,
+    conv_mode: str,
+    questions: Sequence[tuple[str | Sequence[Turn], Sequence[Image.Image]]],
+) -> dict[str, Any]:
+    """`prepare_batch` of questions as they are asked in evaluation: (text or turns, pictures)."""
+    start_end = getattr(model_config, "mm_use_im_start_end", False)
+    prompts = [
+        build_prompt(text, conv_mode, len(pictures), start_end, tokenizer)
+        for text, pictures in questions
+    ]
+    pictures = [list(own) for _, own in questions]
+    return prepare_batch(tokenizer, image_processor, model_config, prompts, pictures)
+
+
 def pad_ids(
     ids: Sequence[Sequence[int]], pad_id: int, padding_side: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     root = Path(args.data) / "eval"
     sets = [load_benchmark(name, root) for name in resolve_names(["digits"])]
     loaded = [measure.Checkpoint.load(folder) for folder in args.checkpoints]
-    plans = measure.settings(measure.cut_layers(loaded))
+    plans = measure.settings(measure.cut_layers(loaded), measure.typical(loaded[0], sets[0]))
 
     torch.set_num_threads(1)
     log.info("times of %d plans at batch 32, one thread", len(plans) - 1)
@@ -117,16 +117,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for one in sets
     ]
     answered, share = measure.do_jobs(jobs, args.workers), len(plans) * len(sets)
-    rows = []
+    rows, compared = [], []
     for number, one in enumerate(loaded):
         mine = answered[number * share : (number + 1) * share]
         rows += measure.rows(one, sets, plans, mine, times[number])
-    shown = next(setting for setting in plans if setting.label == "pyramiddrop λ 0.5")
+        compared += measure.comparisons(one.name, plans, mine)
+    shown = next(setting for setting in plans if setting.budget == 0.5)
     return {
         "rows": rows,
+        "comparisons": compared,
         "sets": facts,
         "bench": bench,
         "examples": measure.examples(loaded[-1], sets, shown),
+        "every_method": measure.every_method(
+            loaded[-1],
+            next(one for one in sets if one.benchmark.name == "digits_textvqa"),
+            [setting for setting in plans if setting.budget == shown.budget],
+        ),
         "timing_batch": 32,
         "full": limit is None,
         "run": {
@@ -173,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.write_page(summary, out / "index.html")
     if args.json:
         json_dump(args.json, summary)
-    print(report.format_table(summary["rows"]))
+    print(report.format_summary(summary))
     print(f"\nfigures: {out / 'summary.json'}\npage:    {out / 'index.html'}")
 
 

@@ -52,7 +52,8 @@ th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 1.5px solid #98a0ad; font-weight: 600; }
 tbody tr + tr td { border-top: 1px solid #eceef2; }
 tbody tr.none td { background: #f5f6f8; font-weight: 600; }
-td i, h2 i.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%;
+tbody tr.group td { background: #f5f6f8; color: #3d4451; font-size: 12.5px; padding-top: 9px; }
+td i, h2 i.dot, h3 i.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%;
   margin-right: 8px; }
 td small { color: #7a8290; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr));
@@ -69,6 +70,8 @@ td small { color: #7a8290; }
 figcaption { font-size: 12.5px; color: #5c6472; margin-top: 4px; }
 code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; background: #eef0f4;
   padding: 1px 5px; border-radius: 4px; }
+ul { margin: 0 0 12px; padding-left: 20px; }
+li { max-width: 100ch; margin: 3px 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 14px;
   margin: 0; }
 dt { color: #5c6472; }

@@ -19,18 +19,24 @@ import torch
 
 from llava.conversation import resolve_conv_mode
 from llava.eval.benchmarks import LoadedBenchmark, load_benchmark
+from llava.eval.pages import method_of
 from llava.eval.questions import Question
 from llava.eval.run import Result, evaluate
+from llava.eval.scorers.interval import paired_difference
 from llava.eval.speed import Workload, time_plans
 from llava.mm_utils import load_image
 from llava.model.tracing import look
-from llava.prompting import build_prompt, prepare_batch
-from llava.reduction import ReductionPlan, flops
-from llava.reduction.flops import ModelShape
+from llava.prompting import questions_batch
+from llava.reduction import REDUCERS, ReductionPlan, flops
+from llava.reduction.budget import Budget, figures, solve
+from llava.reduction.flops import ModelShape, Preset
+from llava.reduction.forms import Staged
+from llava.sequence import Layout
 from llava.utils import progress, quiet
 
-METHODS = ("pyramiddrop", "random", "uniform")
+BASELINES = ("random", "uniform")
 BUDGETS = (0.6, 0.5, 0.3)
+"""PyramidDrop's λ; its FLOPs are what the other methods may use."""
 COST_SAMPLE = 64
 """Questions of each set whose lengths give its cost."""
 
@@ -38,23 +44,75 @@ COST_SAMPLE = 64
 # ----------------------------------------------------------------------------- plans, checkpoints
 @dataclass(frozen=True)
 class Setting:
-    """One column of the experiment. budget: share λ each cut keeps of the stage before it."""
+    """One column of the experiment. budget: λ of the PyramidDrop plan whose prefill FLOPs bound
+    this one's. share: those FLOPs over the FLOPs without a plan."""
 
     label: str
     plan: ReductionPlan
     budget: float | None = None
+    share: float | None = None
     blind: bool = False
 
+    @property
+    def plan_method(self) -> str:
+        """What the plan's methods are called."""
+        return method_of(str(self.plan))
 
-def settings(layers: Sequence[int], budgets: Sequence[float] = BUDGETS) -> list[Setting]:
-    """none, blind, and each method at each budget, with cuts in front of `layers`."""
+
+def method_names() -> list[str]:
+    """All methods of the table, the two controls last."""
+    return [name for name in REDUCERS if name not in BASELINES] + list(BASELINES)
+
+
+def settings(
+    layers: Sequence[int], preset: Preset, budgets: Sequence[float] = BUDGETS
+) -> list[Setting]:
+    """none, blind, and each method at each budget.
+
+    PyramidDrop and the controls cut in front of `layers`; the other methods where they usually do,
+    and the budget solver finds what they may keep for a question of `preset`. A method that cannot
+    get down to a budget is left out there.
+    """
     found = [Setting("none", ReductionPlan()), Setting("blind", ReductionPlan(), blind=True)]
-    for method in METHODS:
-        for budget in budgets:
-            ratios = [round(budget ** (k + 1), 6) for k in range(len(layers))]
-            text = f"{method}:layers={list(layers)},ratios={ratios}"
-            found.append(Setting(f"{method} λ {budget:g}", ReductionPlan.parse(text), budget))
+    whole = figures(preset, ReductionPlan()).full_tflops
+    bounds = []
+    for budget in budgets:
+        spent = figures(preset, staged("pyramiddrop", layers, budget)).full_tflops
+        bounds.append((budget, spent, spent / whole))
+    for method in method_names():
+        for budget, spent, share in bounds:
+            plan = plan_within(method, layers, preset, budget, spent)
+            if plan is not None:
+                found.append(Setting(f"{method} {100 * share:.0f} %", plan, budget, share))
     return found
+
+
+def plan_within(
+    method: str, layers: Sequence[int], preset: Preset, budget: float, tflops: float
+) -> ReductionPlan | None:
+    """The plan of a method for a budget; None where it has none."""
+    if issubclass(REDUCERS[method], Staged):
+        return staged(method, layers, budget)
+    try:
+        # A hair of room, so that a bound that is met exactly is met.
+        return solve(preset, method, Budget("full_tflops", tflops * (1 + 1e-9)))[0].plan
+    except ValueError:
+        return None
+
+
+def staged(method: str, layers: Sequence[int], budget: float) -> ReductionPlan:
+    """Cuts in front of `layers` that keep λ, λ², λ³ ..."""
+    ratios = [round(budget ** (k + 1), 6) for k in range(len(layers))]
+    return ReductionPlan.parse(f"{method}:layers={list(layers)},ratios={ratios}")
+
+
+def typical(checkpoint: Checkpoint, loaded: LoadedBenchmark) -> Preset:
+    """A question of a set, as the budget solver wants it."""
+    batch = checkpoint.batch(loaded.questions[:COST_SAMPLE], loaded.image_folder)
+    layout = checkpoint.layout(batch)
+    visual = layout.visual[0]
+    text = round(sum(layout.lengths) / len(layout.lengths)) - visual
+    return Preset(checkpoint.shape, text // 2, visual, text - text // 2, "none")
 
 
 def cut_layers(checkpoints: Sequence[Checkpoint]) -> list[int]:
@@ -87,7 +145,8 @@ class Checkpoint:
         folder = Path(path)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"no checkpoint in {folder}: config.json is missing")
-        tokenizer, model, processor, _ = load_pretrained_model(str(folder), device=device)
+        with quiet():
+            tokenizer, model, processor, _ = load_pretrained_model(str(folder), device=device)
         return cls(folder.name, tokenizer, model, processor)
 
     @property
@@ -104,13 +163,13 @@ class Checkpoint:
         """Model inputs of some questions, left-padded."""
         config = self.model.config
         conv_mode, _ = resolve_conv_mode(None, config)
-        start_end = getattr(config, "mm_use_im_start_end", False)
-        prompts = [
-            build_prompt(q.text, conv_mode, len(q.images), start_end, self.tokenizer)
-            for q in questions
-        ]
-        pictures = [[load_image(folder / image) for image in q.images] for q in questions]
-        return prepare_batch(self.tokenizer, self.image_processor, config, prompts, pictures)
+        asked = [(q.text, [load_image(folder / image) for image in q.images]) for q in questions]
+        return questions_batch(self.tokenizer, self.image_processor, config, conv_mode, asked)
+
+    def layout(self, batch: Mapping[str, Any]) -> Layout:
+        """What the host knows about a batch."""
+        with torch.inference_mode():
+            return self.model.build_sequence(**batch, kind="left").layout
 
     def workload(self, questions: Sequence[Question], folder: Path, new_tokens: int) -> Workload:
         """Some questions as a batch for the timing harness."""
@@ -171,14 +230,26 @@ _load_checkpoint = functools.lru_cache(maxsize=None)(Checkpoint.load)
 _load_set = functools.lru_cache(maxsize=None)(load_benchmark)
 
 
-def do_job(job: Job) -> dict[str, Any]:
-    """The result row of one job."""
+@dataclass(frozen=True)
+class Answered:
+    """row: the result row of a job. scores, pictures: of each question, in a fixed order."""
+
+    row: dict[str, Any]
+    scores: tuple[float, ...]
+    pictures: tuple[str, ...]
+
+
+def do_job(job: Job) -> Answered:
+    """The result of one job."""
     loaded = _load_set(job.name, job.data_root, job.limit)
-    return run(_load_checkpoint(job.folder), loaded, job.setting, job.batch_size).row
+    result = run(_load_checkpoint(job.folder), loaded, job.setting, job.batch_size)
+    items = sorted(result.scores.per_item, key=lambda item: item["uid"])
+    pictures = tuple(f"{job.name}/{item['image']}" for item in items)
+    return Answered(result.row, tuple(float(item["score"]) for item in items), pictures)
 
 
-def do_jobs(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
-    """All result rows in the order of the jobs, with one bar over them.
+def do_jobs(jobs: Sequence[Job], workers: int) -> list[Answered]:
+    """All results in the order of the jobs, with one bar over them.
 
     Small models do not get faster with threads: each worker is a process with one thread.
     """
@@ -196,11 +267,9 @@ def cost_row(
     checkpoint: Checkpoint, loaded: LoadedBenchmark, plans: Sequence[Setting]
 ) -> dict[str, dict[str, Any]]:
     """Mean cost of a question of this set under each plan, by the plan's label."""
-    batch = checkpoint.batch(loaded.questions[:COST_SAMPLE], loaded.image_folder)
-    with torch.inference_mode():
-        layout = checkpoint.model.build_sequence(
-            batch["input_ids"], batch["attention_mask"], images=batch["images"], kind="left"
-        ).layout
+    layout = checkpoint.layout(
+        checkpoint.batch(loaded.questions[:COST_SAMPLE], loaded.image_folder)
+    )
     shape, samples, found = checkpoint.shape, len(layout.lengths), {}
     for setting in plans:
         stages = setting.plan.schedule(layout, shape.layers)
@@ -216,26 +285,68 @@ def rows(
     checkpoint: Checkpoint,
     sets: Sequence[LoadedBenchmark],
     plans: Sequence[Setting],
-    answered: Sequence[Mapping[str, Any]],
+    answered: Sequence[Answered],
     times: Mapping[str, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     """The rows of summary.json for one checkpoint.
 
-    answered: its result rows, sets within plans. times: by label, as `times` returns them.
+    answered: its results, sets within plans. times: by label, as `times` returns them.
     """
     costs = {loaded.benchmark.name: cost_row(checkpoint, loaded, plans) for loaded in sets}
     settings_of = [setting for setting in plans for _ in sets]
     return [
         {
             "checkpoint": checkpoint.name,
-            "plan": "blind" if setting.blind else row["plan"],
-            **{key: row[key] for key in ("set", "accuracy", "low", "high", "n")},
-            **costs[row["set"]][setting.label],
+            "plan": "blind" if setting.blind else one.row["plan"],
+            **{key: one.row[key] for key in ("set", "accuracy", "low", "high", "n")},
+            **costs[one.row["set"]][setting.label],
             **times["none" if setting.blind else setting.label],
             "budget": setting.budget,
+            "flops_budget": setting.share,
         }
-        for setting, row in zip(settings_of, answered, strict=True)
+        for setting, one in zip(settings_of, answered, strict=True)
     ]
+
+
+def comparisons(
+    checkpoint: str, plans: Sequence[Setting], answered: Sequence[Answered]
+) -> list[dict[str, Any]]:
+    """Each method against each control at the same budget, question by question over all sets.
+
+    `value` (points, method less control) with its 95 % interval resamples pictures; `mcnemar_p`
+    takes the questions for independent.
+    """
+    sets = len(answered) // len(plans)
+    items = {
+        (setting.plan_method, setting.budget): (
+            [score for one in mine for score in one.scores],
+            [picture for one in mine for picture in one.pictures],
+        )
+        for number, setting in enumerate(plans)
+        for mine in [answered[number * sets : (number + 1) * sets]]
+        if setting.budget is not None
+    }
+    shares = {setting.budget: setting.share for setting in plans}
+    found = []
+    for (method, budget), (scores, pictures) in items.items():
+        for control in BASELINES:
+            if method in BASELINES or (control, budget) not in items:
+                continue
+            other, others_pictures = items[control, budget]
+            assert pictures == others_pictures
+            gain = paired_difference(other, scores, pictures)._asdict()
+            gain.update({key: 100 * gain[key] for key in ("value", "low", "high")})
+            found.append(
+                {
+                    "checkpoint": checkpoint,
+                    "method": method,
+                    "control": control,
+                    "budget": budget,
+                    "flops_budget": shares[budget],
+                    **gain,
+                }
+            )
+    return found
 
 
 # ----------------------------------------------------------------------------- times
@@ -266,6 +377,21 @@ def pick_questions(loaded: LoadedBenchmark, count: int) -> list[Question]:
     return list(texts.values())[:count]
 
 
+def scene_of(
+    checkpoint: Checkpoint, loaded: LoadedBenchmark, question: Question, plans: Sequence[Any]
+) -> dict[str, Any]:
+    """`look` at a question of a set."""
+    return look(
+        checkpoint.tokenizer,
+        checkpoint.model,
+        checkpoint.image_processor,
+        question.text,
+        [load_image(loaded.image_folder / image) for image in question.images],
+        plans,
+        max_new_tokens=loaded.benchmark.max_new_tokens,
+    )
+
+
 def examples(
     checkpoint: Checkpoint, sets: Sequence[LoadedBenchmark], setting: Setting
 ) -> list[dict[str, Any]]:
@@ -275,11 +401,6 @@ def examples(
         chosen = pick_questions(loaded, 3 if number == 0 else 1)
         result = run(checkpoint, replace(loaded, questions=chosen), setting)
         for question, item in zip(chosen, result.scores.per_item, strict=True):
-            pictures = [load_image(loaded.image_folder / image) for image in question.images]
-            scene = look(
-                checkpoint.tokenizer, checkpoint.model, checkpoint.image_processor, question.text,
-                pictures, [setting.plan], max_new_tokens=loaded.benchmark.max_new_tokens,
-            )  # fmt: skip
             found.append(
                 {
                     "checkpoint": checkpoint.name,
@@ -287,7 +408,25 @@ def examples(
                     "set": loaded.benchmark.name,
                     "label": item["label"],
                     "correct": bool(item["score"]),
-                    **scene,
+                    **scene_of(checkpoint, loaded, question, [setting.plan]),
                 }
             )
     return found
+
+
+def every_method(
+    checkpoint: Checkpoint, loaded: LoadedBenchmark, plans: Sequence[Setting]
+) -> dict[str, Any]:
+    """The first question of a set with all these plans. `right`: whether an answer is."""
+    question = loaded.questions[0]
+    scene = scene_of(checkpoint, loaded, question, [setting.plan for setting in plans])
+    one = replace(loaded, questions=[question])
+    said = {run["answer"] for run in scene["runs"]}
+    scores = {text: one.score([{"uid": question.uid, "text": text}]) for text in said}
+    return {
+        "checkpoint": checkpoint.name,
+        "set": loaded.benchmark.name,
+        "label": loaded.labels[question.uid],
+        "right": {text: bool(each.per_item[0]["score"]) for text, each in scores.items()},
+        **scene,
+    }

@@ -17,6 +17,7 @@ from typing import Any
 
 from llava.drawing import colour, defs, stage_figures
 from llava.eval import charts
+from llava.eval.controls import controls_section, sentences
 from llava.eval.pages import document, dot, facts_list, method_of, section, table, two, unique
 from llava.utils import atomic_write, user_errors
 
@@ -64,9 +65,22 @@ def by_plan(rows: Sequence[Row], checkpoint: str) -> dict[str, list[Row]]:
 
 
 def plan_label(row: Row) -> str:
-    """How a plan is called in tables: ``pyramiddrop λ 0.5``."""
-    budget = row.get("budget")
-    return method_of(row["plan"]) + (f" λ {budget:g}" if budget is not None else "")
+    """How a plan is called in tables: ``pyramiddrop 67 %``, by the FLOPs it may use."""
+    name, share = method_of(row["plan"]), row.get("flops_budget")
+    return name if share is None else f"{name} {share:.0%}".replace("%", " %")
+
+
+def by_budget(rows: Sequence[Row], checkpoint: str) -> list[tuple[float | None, list[list[Row]]]]:
+    """A checkpoint's plans (lists of rows) grouped by budget, the largest first; what has no
+    budget comes before."""
+    plans = list(by_plan(rows, checkpoint).values())
+    budgets = unique([str(group[0].get("flops_budget")) for group in plans])
+    found = [
+        (group[0][0].get("flops_budget"), group)
+        for budget in budgets
+        for group in [[g for g in plans if str(g[0].get("flops_budget")) == budget]]
+    ]
+    return sorted(found, key=lambda pair: -2.0 if pair[0] is None else -pair[0])
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
@@ -100,22 +114,11 @@ def format_table(rows: Sequence[Row]) -> str:
             "decode", "of ideal"]  # fmt: skip
     blocks = []
     for checkpoint in unique([row["checkpoint"] for row in rows]):
-        body = [head]
-        for group in by_plan(rows, checkpoint).values():
-            found = {row["set"]: row for row in group}
-            mean = mean_row(group)
-            body.append(
-                [
-                    plan_label(mean),
-                    *[figure(found[s]["accuracy"]) if s in found else "–" for s in sets],
-                    f"{mean['accuracy']:.1f} ±{(mean['high'] - mean['low']) / 2:.1f}",
-                    figure(scaled(mean["full_tflops"], 1e6), 0),
-                    figure(mean["prefill_ms"], 1, " ms"),
-                    figure(mean["decode_ms"], 1, " ms"),
-                    figure(scaled(mean["share_of_ideal"], 100), 0, " %"),
-                ]
-            )
-        blocks.append(f"{checkpoint}\n{align(body)}")
+        body, rules = [head], []
+        for _, group in by_budget(rows, checkpoint):
+            rules.append(len(body))
+            body += [table_line(plan, sets) for plan in group]
+        blocks.append(f"{checkpoint}\n{align(body, rules)}")
     n = sorted({row["n"] for row in rows})
     spread = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
     note = (
@@ -126,22 +129,43 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n\n".join([*blocks, note])
 
 
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The table, and who loses to the controls."""
+    said = sentences(summary.get("comparisons", ()))
+    return "\n\n".join([format_table(summary["rows"]), *(["\n".join(said)] if said else [])])
+
+
+def table_line(group: Sequence[Row], sets: Sequence[str]) -> list[str]:
+    """One plan's line of the text table."""
+    found, mean = {row["set"]: row for row in group}, mean_row(group)
+    return [
+        plan_label(mean),
+        *[figure(found[s]["accuracy"]) if s in found else "–" for s in sets],
+        f"{mean['accuracy']:.1f} [{mean['low']:.0f}, {mean['high']:.0f}]",
+        figure(scaled(mean["full_tflops"], 1e6), 0),
+        figure(mean["prefill_ms"], 1, " ms"),
+        figure(mean["decode_ms"], 1, " ms"),
+        figure(scaled(mean["share_of_ideal"], 100), 0, " %"),
+    ]
+
+
 def scaled(value: float | None, factor: float) -> float | None:
     """``value * factor``; None stays None."""
     return None if value is None else value * factor
 
 
-def align(table: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right; a rule below."""
+def align(table: Sequence[Sequence[str]], rules: Sequence[int] = (1,)) -> str:
+    """Columns of equal width, the first to the left, the others to the right; a rule in front of
+    the rows `rules`."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(
+    lines = []
+    for number, row in enumerate(table):
+        line = "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        lines += ["-" * len(line), line] if number in rules else [line]
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------- page
@@ -164,15 +188,17 @@ def page(summary: Mapping[str, Any]) -> str:
             "“blind” answers without seeing the picture.",
             legend(rows) + two(mean_charts(rows, checkpoints)),
         ),
+        controls_section(summary.get("comparisons", ())),
         section("Set by set", "", "".join(set_charts(summary, name) for name in checkpoints)),
         section(
             "All figures",
-            "Accuracy in per cent. λ is the share of visual tokens each cut keeps of the stage "
-            "before it.",
+            "Accuracy in per cent. The plans of one group may use the prefill FLOPs of the "
+            "PyramidDrop plan in it; the budget solver (llava plan) found what the others keep.",
             "".join(full_table(rows, name) for name in checkpoints),
         ),
         times_section(summary, checkpoints),
         bench_section(summary.get("bench")),
+        side_by_side_section(summary.get("every_method")),
         examples_section(summary.get("examples", ())),
         section(
             "How this was made",
@@ -195,8 +221,9 @@ def introduction(summary: Mapping[str, Any]) -> str:
         "<header><h1>What do fewer visual tokens cost, and what do they save?</h1>"
         '<p class="lead">A tiny LLaVA looks at pictures of handwritten digits and answers '
         f"questions about them: {amount}{n} questions of {sets} sets. After some of its layers it "
-        "drops visual tokens: those the question looks at least (PyramidDrop), any (random), or at "
-        "an even stride (uniform).</p></header>"
+        "drops visual tokens. Which ones, and when, is up to the method; all of them may use the "
+        "same FLOPs. The controls choose blindly: any token (random), or an even stride (uniform)."
+        "</p></header>"
     )
 
 
@@ -222,12 +249,12 @@ def cards(summary: Mapping[str, Any]) -> list[str]:
         found.append(
             card(
                 f"{none['accuracy']:.1f} → {cut['accuracy']:.1f} %",
-                f"{checkpoint}: mean accuracy without dropping → PyramidDrop λ 0.5",
+                f"{checkpoint}: mean accuracy without dropping → PyramidDrop, λ 0.5",
             )
         )
         if len(found) == 1:
             share = cut["full_tflops"] / none["full_tflops"]
-            found.insert(0, card(f"{share:.0%}", "of the prefill FLOPs are left with λ 0.5"))
+            found.insert(0, card(f"{100 * share:.0f} %", "of the prefill FLOPs are left with λ 0.5"))
     bench = summary.get("bench")
     if bench:
         prefill = bench["prefill"]
@@ -303,32 +330,37 @@ def set_charts(summary: Mapping[str, Any], checkpoint: str) -> str:
 
 def full_table(rows: Sequence[Row], checkpoint: str) -> str:
     """Every plan and set of one checkpoint."""
-    groups = by_plan(rows, checkpoint)
     sets = unique([row["set"] for row in rows if row["checkpoint"] == checkpoint])
     head = ["plan", *[name.removeprefix("digits_") for name in sets], "mean", "visual MACs, M",
             "MFLOPs", "kept tokens"]  # fmt: skip
     body = []
-    for plan, group in groups.items():
-        found = {row["set"]: row for row in group}
-        mean, name = mean_row(group), method_of(plan)
-        kept = mean.get("kept_tokens")
-        cells = [
-            dot(plan) + escape(plan_label(mean)),
-            *[with_interval(found[s]) if s in found else "–" for s in sets],
-            with_interval(mean),
-            figure(scaled(mean["visual_tmacs"], 1e6), 1),
-            figure(scaled(mean["full_tflops"], 1e6), 1),
-            " → ".join(str(count) for count in kept).replace(" ", "\u2009") if kept else "–",
-        ]
-        css = ' class="none"' if name == "none" else ""
-        body.append(f"<tr{css}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    for share, groups in by_budget(rows, checkpoint):
+        if share is not None:
+            words = f"at most {share:.0%} of the prefill FLOPs".replace("%", " %")
+            body.append(f'<tr class="group"><td colspan="{len(head)}">{words}</td></tr>')
+        body += [full_line(group, sets) for group in groups]
     return f"<h3>{escape(checkpoint)}</h3>" + table(head, body)
 
 
+def full_line(group: Sequence[Row], sets: Sequence[str]) -> str:
+    """One plan's line of the full table."""
+    found, mean = {row["set"]: row for row in group}, mean_row(group)
+    name, kept = method_of(mean["plan"]), mean.get("kept_tokens")
+    cells = [
+        dot(mean["plan"]) + f'<span title="{escape(mean["plan"])}">{escape(name)}</span>',
+        *[with_interval(found[s]) if s in found else "–" for s in sets],
+        with_interval(mean),
+        figure(scaled(mean["visual_tmacs"], 1e6), 1),
+        figure(scaled(mean["full_tflops"], 1e6), 1),
+        " → ".join(str(count) for count in kept).replace(" ", "\u2009") if kept else "–",
+    ]
+    css = ' class="none"' if name == "none" else ""
+    return f"<tr{css}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
 def with_interval(row: Row) -> str:
-    """``97.5 ±1.2`` as a table cell."""
-    half = (row["high"] - row["low"]) / 2
-    return f"{row['accuracy']:.1f} <small>±{half:.1f}</small>"
+    """``97.5`` and the bounds of its interval as a table cell."""
+    return f"{row['accuracy']:.1f} <small>{row['low']:.0f}–{row['high']:.0f}</small>"
 
 
 def times_section(summary: Mapping[str, Any], checkpoints: Sequence[str]) -> str:
@@ -336,7 +368,8 @@ def times_section(summary: Mapping[str, Any], checkpoints: Sequence[str]) -> str
     batch = summary.get("timing_batch", 32)
     found = []
     for checkpoint in checkpoints:
-        first = [group[0] for group in by_plan(summary["rows"], checkpoint).values()]
+        grouped = by_budget(summary["rows"], checkpoint)
+        first = [group[0] for _, groups in grouped for group in groups]
         for key, title in (("prefill_ms", "prefill"), ("decode_ms", "one decode step")):
             bars = [
                 (plan_label(row), method_of(row["plan"]), row[key])
@@ -396,20 +429,46 @@ def examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
     found = []
     for number, example in enumerate(examples):
         prefix, run = f"example{number}-", example["runs"][0]
-        said, right = run["answer"], example["label"]
-        verdict = "right" if example["correct"] else f"wrong, it is “{right}”"
         figures = stage_figures(example, run, prefix=prefix, scores=False)
         found.append(
             f'<div class="example"><h3>“{escape(example["question"])}”</h3>'
-            f'<p class="note">answer “{escape(said)}” ({escape(verdict)}) · '
+            f'<p class="note">{verdict(run["answer"], example)} · '
             f"{escape(example['checkpoint'])}, {escape(example['plan_label'])}</p>"
             f'{defs(example, prefix)}<div class="stages">{figures}</div></div>'
         )
     return section(
         "Which tokens survive",
-        "Visual tokens that have been dropped are faded. What stays depends on the question. "
-        "`llava show` draws this, with the scores, for any picture, question and plans.",
+        "Visual tokens that have been dropped are faded. What stays depends on the question.",
         f'<div class="examples">{"".join(found)}</div>',
+    )
+
+
+def verdict(answer: str, example: Mapping[str, Any]) -> str:
+    """``answer “3” (right)``; what is right is looked up by the answer."""
+    right = example["correct"] if "correct" in example else example["right"][answer]
+    words = "right" if right else f"wrong, it is “{example['label']}”"
+    return f"answer “{escape(answer)}” ({escape(words)})"
+
+
+def side_by_side_section(example: Mapping[str, Any] | None) -> str:
+    """One question with the plans of all methods at one budget."""
+    if not example:
+        return ""
+    found = []
+    for run in example["runs"]:
+        if not run["cuts"]:
+            continue
+        figures = stage_figures(example, run, prefix="every-", scores=False)
+        found.append(
+            f'<div class="example"><h3>{dot(run["plan"])}{escape(method_of(run["plan"]))}</h3>'
+            f'<p class="note">{verdict(run["answer"], example)}</p>'
+            f'<div class="stages">{figures}</div></div>'
+        )
+    return section(
+        f"One question, every method: “{example['question']}”",
+        f"{example['checkpoint']}, all within the same FLOPs. The command llava show draws this, "
+        "with the scores of each cut, for any picture, question and plans.",
+        f'{defs(example, "every-")}<div class="examples">{"".join(found)}</div>',
     )
 
 
@@ -430,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", help="where the page goes (default: index.html beside it)")
     args = parser.parse_args(argv)
     summary = read_summary(args.summary)
-    print(format_table(summary["rows"]))
+    print(format_summary(summary))
     write_page(summary, args.page or Path(args.summary).with_name("index.html"))
 
 

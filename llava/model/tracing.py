@@ -21,7 +21,7 @@ from llava.conversation import get_conversation, resolve_conv_mode
 from llava.decoding import answer_text, cut_at_eos, eos_ids
 from llava.drawing import Grid, data_uri
 from llava.mm_utils import get_anyres_image_grid_shape, unpad_slices
-from llava.prompting import build_prompt, move_batch, pad_token_id, prepare_batch
+from llava.prompting import move_batch, pad_token_id, questions_batch
 from llava.reduction import ReductionPlan, flops
 from llava.sequence import TokenSequence
 
@@ -64,7 +64,9 @@ def look(
     for plan in parsed:
         plan.validate(model.config.num_hidden_layers)
     conv_mode, _ = resolve_conv_mode(conv_mode, model.config)
-    batch = one_question(tokenizer, model, image_processor, question, pictures, conv_mode)
+    batch = questions_batch(
+        tokenizer, image_processor, model.config, conv_mode, [(question, pictures)]
+    )
     moved = move_batch(batch, model.device, model.dtype)
     ids = moved.pop("input_ids")
     with torch.inference_mode():
@@ -96,20 +98,6 @@ def look(
         ],
         "runs": runs,
     }
-
-
-def one_question(
-    tokenizer: Any,
-    model: Any,
-    image_processor: Any,
-    question: str,
-    pictures: Sequence[Image.Image],
-    conv_mode: str,
-) -> dict[str, Any]:
-    """Model inputs of one question, on the CPU (`prepare_batch`)."""
-    start_end = getattr(model.config, "mm_use_im_start_end", False)
-    prompt = build_prompt(question, conv_mode, len(pictures), start_end, tokenizer)
-    return prepare_batch(tokenizer, image_processor, model.config, [prompt], [list(pictures)])
 
 
 def facts(out: Any, whole: TokenSequence, fields: Sequence[Field], model: Any) -> dict[str, Any]:

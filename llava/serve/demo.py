@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from llava.drawing import colour, stage_figures
-from llava.model.tracing import look, one_question
-from llava.prompting import move_batch
+from llava.model.tracing import look
+from llava.prompting import move_batch, questions_batch
 from llava.reduction import REDUCERS, ReductionPlan
 from llava.reduction.budget import Budget, solve, tera
 from llava.reduction.flops import ModelShape, Preset
@@ -80,9 +80,9 @@ class Demo:
     def sequence(self, picture: Image.Image, question: str) -> TokenSequence:
         """The uncut sequence of a question."""
         engine = self.engine
-        batch = one_question(
-            engine.tokenizer, engine.model, engine.image_processor, question, [picture],
-            engine.conv_mode,
+        batch = questions_batch(
+            engine.tokenizer, engine.image_processor, engine.model.config, engine.conv_mode,
+            [(question, [picture])],
         )  # fmt: skip
         moved = move_batch(batch, engine.model.device, engine.model.dtype)
         with torch.inference_mode():
