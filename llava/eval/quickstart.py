@@ -28,12 +28,13 @@ from llava.mm_utils import load_image
 from llava.model.tracing import look
 from llava.prompting import questions_batch
 from llava.reduction import REDUCERS, ReductionPlan, flops
-from llava.reduction.budget import Budget, figures, solve
+from llava.reduction.budget import METHODS, Budget, figures, solve
 from llava.reduction.flops import ModelShape, Preset
 from llava.reduction.forms import Staged
 from llava.sequence import Layout
 from llava.utils import progress, quiet
 
+parse = ReductionPlan.parse
 BASELINES = ("random", "uniform")
 BUDGETS = (0.6, 0.5, 0.3)
 """PyramidDrop's λ; its FLOPs are what the other methods may use."""
@@ -60,8 +61,8 @@ class Setting:
 
 
 def method_names() -> list[str]:
-    """All methods of the table, the two controls last."""
-    return [name for name in REDUCERS if name not in BASELINES] + list(BASELINES)
+    """All methods that a budget can be given for, the two controls last."""
+    return [name for name in METHODS if name not in BASELINES] + list(BASELINES)
 
 
 def settings(
@@ -80,9 +81,13 @@ def settings(
         spent = figures(preset, staged("pyramiddrop", layers, budget)).full_tflops
         bounds.append((budget, spent, spent / whole))
     for method in method_names():
-        for budget, spent, share in bounds:
-            plan = plan_within(method, layers, preset, budget, spent)
-            if plan is not None:
+        plans = [
+            (plan_within(method, layers, preset, budget, spent), budget, share)
+            for budget, spent, share in bounds
+        ]
+        for number, (plan, budget, share) in enumerate(plans):
+            # A plan that also keeps within the next budget is shown there.
+            if plan is not None and plan not in [each[0] for each in plans[number + 1 :]]:
                 found.append(Setting(f"{method} {100 * share:.0f} %", plan, budget, share))
     return found
 
@@ -90,12 +95,20 @@ def settings(
 def plan_within(
     method: str, layers: Sequence[int], preset: Preset, budget: float, tflops: float
 ) -> ReductionPlan | None:
-    """The plan of a method for a budget; None where it has none."""
+    """The plan of a method for a budget; None where it has none.
+
+    A layer program leaves out heads and neurons that a model must be trained to do without; here it
+    only chooses its last visual layer.
+    """
+    room = tflops * (1 + 1e-9)  # so that a bound that is met exactly is met
     if issubclass(REDUCERS[method], Staged):
         return staged(method, layers, budget)
+    if not hasattr(REDUCERS[method], "budget"):
+        plans = (f"{method}:layers={last}" for last in range(preset.shape.layers - 1, 0, -1))
+        fitting = (plan for plan in plans if figures(preset, parse(plan)).full_tflops <= room)
+        return next(map(parse, fitting), None)
     try:
-        # A hair of room, so that a bound that is met exactly is met.
-        return solve(preset, method, Budget("full_tflops", tflops * (1 + 1e-9)))[0].plan
+        return solve(preset, method, Budget("full_tflops", room))[0].plan
     except ValueError:
         return None
 

@@ -254,7 +254,8 @@ def cards(summary: Mapping[str, Any]) -> list[str]:
         )
         if len(found) == 1:
             share = cut["full_tflops"] / none["full_tflops"]
-            found.insert(0, card(f"{100 * share:.0f} %", "of the prefill FLOPs are left with λ 0.5"))
+            words = "of the prefill FLOPs are left with λ 0.5"
+            found.insert(0, card(f"{100 * share:.0f} %", words))
     bench = summary.get("bench")
     if bench:
         prefill = bench["prefill"]

@@ -142,31 +142,35 @@ def cost(stages: Any, model: Any) -> dict[str, Any]:
     """Tokens and operations of a schedule of one sample, layer by layer and in all."""
     shape = flops.ModelShape.from_config(model.config, model.get_vision_tower().config)
     visual = flops.visual_counts(stages)
-    per_layer = [
-        flops.stage_flops(shape, stage) / (stage.stop - stage.start)
-        for stage in stages
-        for _ in range(stage.start, stage.stop)
-    ]
+    per_layer = [cost.flops for stage in stages for cost in flops.layer_costs(shape, stage)]
     return {
         "visual_per_layer": visual,
         "flops_per_layer": per_layer,
         "average_tokens": sum(visual) / len(visual),
-        "visual_tmacs": flops.visual_macs(shape, visual) / flops.TERA,
+        "visual_tmacs": flops.mean_visual_macs(shape, stages) / flops.TERA,
         "full_tflops": flops.prefill_flops(shape, stages) / flops.TERA,
     }
 
 
 # ----------------------------------------------------------------------------- where tokens lie
+def visual_cells(whole: TokenSequence) -> list[tuple[int, int, int, int]]:
+    """(origin, picture, row, column) of each visual token of a batch of one, in their order."""
+    groups = whole.layout.groups
+    rows = zip(whole.origin[0].tolist(), whole.cell[0].tolist(), strict=True)
+    return [
+        (origin, groups[group].image, row, column)
+        for origin, (group, row, column) in rows
+        if group >= 0
+    ]
+
+
 def places(whole: TokenSequence, fields: Sequence[Field]) -> dict[int, tuple[int, int]]:
     """(field, cell number) of each visual token of a batch of one, by its origin."""
-    origins = whole.origin[0].tolist()
     found = {}
-    for origin, (group, row, column) in zip(origins, whole.cell[0].tolist(), strict=True):
-        if group < 0:
-            continue
+    for origin, picture, row, column in visual_cells(whole):
         for number, field in enumerate(fields):
             cell = (row - field.top, column)
-            if field.picture == group and cell in field.grid:
+            if field.picture == picture and cell in field.grid:
                 found[origin] = (number, field.grid.number(cell))
                 break
         else:
@@ -179,43 +183,51 @@ def find_fields(batch: dict, whole: TokenSequence, model: Any, processor: Any) -
     images = batch["images"]
     if images is None:
         return []
-    cells = whole.cell[0]
-    sizes = batch["image_sizes"]
-    found = []
-    for picture, (pixels, size) in enumerate(zip(images, sizes, strict=True)):
-        mine = cells[cells[:, 0] == picture]
+    cells, found = visual_cells(whole), []
+    for picture, (pixels, size) in enumerate(zip(images, batch["image_sizes"], strict=True)):
+        columns = [column for _, owner, _, column in cells if owner == picture]
         stack = pixels[None] if pixels.dim() == 3 else pixels
-        found += picture_fields(picture, stack, size, mine[:, 1:], model, processor)
+        found += picture_fields(picture, stack, size, columns, model, processor)
     return found
 
 
 def picture_fields(
-    picture: int, tiles: Tensor, size: Sequence[int], cells: Tensor, model: Any, processor: Any
+    picture: int,
+    tiles: Tensor,
+    size: Sequence[int],
+    columns: Sequence[int],
+    model: Any,
+    processor: Any,
 ) -> list[Field]:
-    """The fields of one picture. tiles [T, 3, H, W]; cells [N, 2] of its tokens."""
+    """The fields of one picture. tiles [T, 3, H, W]; columns: of the cells of its tokens."""
     config, side = model.config, model.get_vision_tower().num_patches_per_side
     seen = [unnormalised(tile, processor) for tile in tiles]
     merge = getattr(config, "mm_patch_merge_type", None) or "flat"
     if merge == "flat" or len(seen) == 1:
         # One tile with unpad has a single newline, behind its last row.
-        grid = Grid(side, side, newlines=int((cells[:, 1] >= side).sum()))
+        grid = Grid(side, side, newlines=sum(column >= side for column in columns))
         return [Field(picture, image, grid, side * i) for i, image in enumerate(seen)]
     pixel, unpad = seen[0].width, "unpad" in merge
     across, down = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, pixel)
     joined = Image.new("RGB", (across * pixel, down * pixel))
     for index, image in enumerate(seen[1:]):
         joined.paste(image, (index % across * pixel, index // across * pixel))
-    rows, columns = slice(0, down * side), slice(0, across * side)
+    rows, across_field = slice(0, down * side), slice(0, across * side)
     if unpad:
         rounding = getattr(config, "mm_unpad_rounding", None) or "llava"
-        rows, columns = unpad_slices(size, (down * side, across * side), rounding)
+        rows, across_field = unpad_slices(size, (down * side, across * side), rounding)
     patch = pixel / side
-    box = [columns.start * patch, rows.start * patch, columns.stop * patch, rows.stop * patch]
+    box = [
+        across_field.start * patch,
+        rows.start * patch,
+        across_field.stop * patch,
+        rows.stop * patch,
+    ]
     whole = Field(picture, seen[0], Grid(side, side), 0)
-    if rows.stop <= rows.start or columns.stop <= columns.start:
+    if rows.stop <= rows.start or across_field.stop <= across_field.start:
         return [whole]
     height = rows.stop - rows.start
-    field = Grid(height, columns.stop - columns.start, newlines=height if unpad else 0)
+    field = Grid(height, across_field.stop - across_field.start, newlines=height if unpad else 0)
     return [whole, Field(picture, joined.crop([round(edge) for edge in box]), field, side)]
 
 

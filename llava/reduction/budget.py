@@ -106,25 +106,23 @@ class Budget:
 
 # ----------------------------------------------------------------------------- one number, one plan
 METHODS = [name for name, method in REDUCERS.items() if hasattr(method, "from_shares")]
-"""Methods that keep a share of the tokens. YOPO keeps them all and is set by heads and neurons."""
+"""Methods that one share makes a plan of."""
 Build = Callable[[Sequence[int], Sequence[float]], ReductionPlan]
 
 
 @dataclass(frozen=True)
 class Family:
     """How a method's plans look. layouts: layers to try for a model of that depth, latest first.
-    build: the plan of some layers and the shares kept there. first: lowest layer of a cut."""
+    build: the plan of some layers and the shares kept there. words: what λ is."""
 
     layouts: Callable[[int], list[tuple[int, ...]]]
     build: Build
-    first: int = 1
+    words: str = "the share of the tokens in front of it that each cut keeps"
 
 
-def fractions_of(depth: int, lowest: int = 1) -> list[tuple[int, ...]]:
+def fractions_of(depth: int) -> list[tuple[int, ...]]:
     """`LAYOUTS` for a model of `depth` layers, each once."""
-    found = [
-        tuple(sorted({max(lowest, int(depth * share)) for share in layout})) for layout in LAYOUTS
-    ]
+    found = [tuple(sorted({max(1, int(depth * share)) for share in layout})) for layout in LAYOUTS]
     return list(dict.fromkeys(found))
 
 
@@ -132,7 +130,7 @@ def family_of(method: str) -> Family:
     """The family of one of `METHODS`.
 
     Raises:
-        ValueError: there is no such method, or it keeps no share of the tokens.
+        ValueError: there is no such method, or it has no share.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not solved for; accepted: {', '.join(METHODS)}")
@@ -140,9 +138,16 @@ def family_of(method: str) -> Family:
     chosen = REDUCERS[method]
 
     def build(layers: Sequence[int], ratios: Sequence[float]) -> ReductionPlan:
-        cuts = [Cut(*pair) for pair in chosen.from_shares(layers, ratios).cuts]
-        return ReductionPlan(tuple(cuts), positions=chosen.positions)
+        parts = chosen.from_shares(layers, ratios)
+        cuts = tuple(Cut(*pair) for pair in parts.cuts)
+        return ReductionPlan(cuts, positions=chosen.positions, program=parts.program)
 
+    if not hasattr(chosen, "budget"):  # a layer program: visual tokens in half of the layers
+        return Family(
+            layouts=lambda depth: [(max(1, depth // part),) for part in (2, 4)],
+            build=build,
+            words="the share of heads and neurons that visual tokens use below that layer",
+        )
     if issubclass(chosen, OneCut):
         return Family(layouts=lambda depth: [(k,) for k in chosen.usual if k < depth], build=build)
     return Family(layouts=fractions_of, build=build)
@@ -198,11 +203,10 @@ def solve_layout(
 def shortest(
     preset: Preset, family: Family, layers: Sequence[int], ratios: Sequence[float]
 ) -> list[float]:
-    """The ratios with the fewest decimals that leave the same tokens in every layer."""
+    """The ratios with the fewest decimals that come to the same."""
 
-    def kept(candidates: Sequence[float]) -> list[int]:
-        plan = family.build(layers, candidates)
-        return visual_counts(plan.schedule(preset.layout(1), preset.shape.layers))
+    def kept(candidates: Sequence[float]) -> Figures:
+        return figures(preset, family.build(layers, candidates))
 
     wanted, found = kept(ratios), list(ratios)
     for index, ratio in enumerate(ratios):
@@ -337,6 +341,7 @@ def report(
         "layers": list(best.layers),
         "ratios": list(best.ratios),
         "share": best.share,
+        "share_is": family_of(method).words,
         "achieved": asdict(best.figures),
         "none": asdict(figures(preset, ReductionPlan())),
         "flags": flags_of(best, method),
@@ -365,8 +370,8 @@ def format_report(result: dict[str, Any]) -> str:
     tokens = f"{result['visual_tokens']} visual + {result['text_tokens']} text tokens"
     lines = [
         f"{result['preset']}: {result['num_layers']} layers, {tokens}, one sample",
-        f"{result['method']}: cuts at {result['layers']}, each keeps λ = {result['share']:.4g} of "
-        "the tokens in front of it",
+        f"{result['method']} at {result['layers']}, λ = {result['share']:.4g}, "
+        f"{result['share_is']}",
     ]
     stops = [*achieved["starts"][1:], result["num_layers"]]
     for start, stop, kept in zip(achieved["starts"], stops, achieved["kept_tokens"], strict=True):

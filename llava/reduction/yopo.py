@@ -244,6 +244,16 @@ class YOPO:
         free = program.first_free
         return Parts(() if free is None else ((free, DropVisual()),), program)
 
+    @classmethod
+    def from_shares(cls, layers: Sequence[int], shares: Sequence[float]) -> Parts:
+        """Visual tokens up to layer `layers[0]`, with this share of heads and neurons before it;
+        the paper's half / half / half is ([L / 2], [0.5]). The budget solver asks for it."""
+        if len(layers) != 1:
+            raise ValueError(f"yopo has one last visual layer; got the layers {list(layers)}")
+        share = shares[0]
+        ffn = math.ceil(1000 / share) / 1000 if share > 1e-6 else 1e6
+        return cls.from_options({"layers": layers[0], "heads": float(share), "ffn": ffn})
+
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, the head mask as a list of rows."""
         heads = list(self.heads) if isinstance(self.heads, tuple) else self.heads

@@ -13,7 +13,11 @@ from llava import quickstart
 from llava.eval import quickstart as measure
 from llava.eval.benchmarks import load_benchmark
 from llava.reduction import ReductionPlan
+from llava.reduction.budget import figures
+from llava.reduction.flops import Preset, get_preset
 
+PRESET = Preset(get_preset("tiny").shape, 8, 64, 12, "none")
+SETTINGS = measure.settings([2, 4, 5], PRESET)
 PLAN = ReductionPlan.pyramid([1, 2, 3], [0.5, 0.25, 0.125])
 
 
@@ -37,7 +41,18 @@ def test_from_data_to_page(
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert json.loads((tmp_path / "copy.json").read_text(encoding="utf-8")) == summary
     rows = summary["rows"]
-    assert len(rows) == 2 * 11 * 5
+    sets = 5
+    loaded = load_benchmark("digits_vqav2", data / "eval")
+    settings = measure.settings([1, 2, 3], measure.typical(measure.Checkpoint.load(plain), loaded))
+    assert len(rows) == 2 * len(settings) * sets
+    methods = {setting.plan_method for setting in settings}
+    assert methods == {"none", *measure.method_names()}
+    compared = summary["comparisons"]
+    of_methods = [s for s in settings if s.budget and s.plan_method not in measure.BASELINES]
+    assert len(compared) == 2 * 2 * len(of_methods)
+    for each in compared:
+        assert each["low"] <= each["value"] <= each["high"]
+        assert each["value"] == pytest.approx(100 * (each["better"] - each["worse"]) / each["n"])
     assert {row["checkpoint"] for row in rows} == {"plain", "trained"}
     for row in rows:
         assert row["low"] <= row["accuracy"] <= row["high"]
@@ -54,20 +69,51 @@ def test_from_data_to_page(
     assert none["share_of_ideal"] is None
     assert half["share_of_ideal"] > 0
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == len(summary["examples"])
-    assert "pyramiddrop λ 0.5" in capsys.readouterr().out
+    assert page.count("data:image/png;base64,") == len(summary["examples"]) + 1
+    printed = capsys.readouterr().out
+    assert "than random" in printed
+    assert f"pyramiddrop {100 * half['flops_budget']:.0f} %" in printed
 
 
 def test_workers_give_the_same_rows(folders: tuple[Path, Path, Path]) -> None:
     plain, _, data = folders
     jobs = [
         measure.Job(str(plain), str(data / "eval"), name, setting, 4, 8)
-        for setting in measure.settings([1, 2, 3], budgets=(0.5,))[:3]
+        for setting in [*SETTINGS[:2], measure.Setting("pyramiddrop", PLAN)]
         for name in ("digits_gqa", "digits_mme")
     ]
     pairs = [measure.do_jobs(jobs, workers) for workers in (1, 2)]
     for alone, spread in zip(*pairs, strict=True):
-        assert {**alone, "questions_per_second": 0} == {**spread, "questions_per_second": 0}
+        assert alone.scores == spread.scores
+        rows = [{**each.row, "questions_per_second": 0} for each in (alone, spread)]
+        assert rows[0] == rows[1]
+
+
+def test_plans_of_a_budget_stay_within_its_flops() -> None:
+    """Every method comes, and none spends more than the PyramidDrop plan it is compared with."""
+    whole = figures(PRESET, ReductionPlan()).full_tflops
+    assert [setting.label for setting in SETTINGS[:2]] == ["none", "blind"]
+    assert len({setting.label for setting in SETTINGS}) == len(SETTINGS)
+    for setting in SETTINGS[2:]:
+        spent = figures(PRESET, setting.plan).full_tflops / whole
+        assert spent <= setting.share * (1 + 1e-6)
+        assert setting.plan_method == setting.label.split()[0]
+        if setting.plan_method in ("pyramiddrop", "random", "uniform"):
+            assert spent == pytest.approx(setting.share)
+
+
+def test_comparisons_pair_the_questions() -> None:
+    """Three questions about two pictures; the method is right where the control is wrong twice."""
+    plans = [s for s in SETTINGS if s.budget == 0.5 and s.plan_method in ("fastv", "random")]
+    scores = {"fastv": (1.0, 1.0, 0.0), "random": (0.0, 0.0, 1.0)}
+    answered = [
+        measure.Answered({}, scores[setting.plan_method], ("a", "a", "b")) for setting in plans
+    ]
+    (found,) = measure.comparisons("m", plans, answered)
+    assert (found["method"], found["control"]) == ("fastv", "random")
+    assert found["value"] == pytest.approx(100 / 3)
+    assert (found["better"], found["worse"], found["n"]) == (2, 1, 3)
+    assert (found["low"], found["high"]) == (-100.0, 100.0)  # either picture may be drawn twice
 
 
 def test_cuts_are_those_the_checkpoint_was_trained_with(folders: tuple[Path, Path, Path]) -> None:

@@ -25,7 +25,8 @@ def _row(checkpoint: str, name: str, budget: float | None, number: int) -> dict[
         "low": accuracy - 3.0, "high": min(100.0, accuracy + 3.0), "n": 300 + number,
         "visual_tmacs": 8e-5 * cost, "full_tflops": 2.4e-4 * (0.4 + 0.6 * cost),
         "prefill_ms": 80 * cost, "decode_ms": 9.0, "share_of_ideal": 0.6 if budget else None,
-        "budget": budget, "kept_tokens": [64, int(64 * cost)],
+        "budget": budget, "flops_budget": budget and 0.4 + 0.6 * budget,
+        "kept_tokens": [64, int(64 * cost)],
     }  # fmt: skip
 
 
@@ -58,8 +59,18 @@ def summary() -> dict[str, Any]:
         "fields": [{"picture": 0, "image": PIXEL, "rows": 8, "columns": 8, "newlines": 0}],
         "runs": [{"plan": "pyramiddrop:...", "answer": "yes", "stages": stages, "cuts": cuts}],
     }  # fmt: skip
+    comparisons = [
+        {
+            "checkpoint": "llava-digits", "method": "pyramiddrop", "control": control,
+            "budget": 0.5, "flops_budget": 0.7, "value": value, "low": value - 2,
+            "high": value + 2, "better": 9, "worse": 4, "mcnemar_p": 0.25, "n": 1500,
+        }
+        for control, value in (("random", -4.1), ("uniform", 1.0))
+    ]  # fmt: skip
     return {
         "rows": rows,
+        "comparisons": comparisons,
+        "every_method": {**example, "checkpoint": "m", "right": {"yes": False}},
         "sets": {name: {"chance": 25.0} for name in SETS},
         "bench": {"prefill": part, "decode": part, "train_step": part, "threads": 1},
         "examples": [example],
@@ -109,15 +120,26 @@ def check_page(text: str) -> list[str]:
 
 def test_page_is_whole_and_loads_nothing() -> None:
     tags = check_page(report.page(summary()))
-    assert tags.count("svg") == 2 + 10 + 4 + 1 + 3
+    # means, sets, times, and twice the definitions of a picture and its three stages
+    assert tags.count("svg") == 2 + 10 + 4 + 2 * (1 + 3)
 
 
 def test_page_shows_the_figures_and_escapes_questions() -> None:
     text = report.page(summary())
-    for needle in ("95.0", "λ 0.5", "96 %", "1.92×", "batch 32", "too small to show", "cpu-512"):
+    for needle in (
+        "95.0",
+        "70 %",
+        "−4.1",
+        "96 %",
+        "1.92×",
+        "batch 32",
+        "too small to show",
+        "cpu-512",
+    ):
         assert needle in text, needle
     assert "Is &lt;b&gt; above 3 &amp; 4?" in text
-    assert "4 tokens" in text
+    assert "layers 4–5: 4" in text
+    assert "worse than random: pyramiddrop (70 %)" in text
 
 
 def test_page_without_optional_parts() -> None:
@@ -141,7 +163,7 @@ def test_mean_row_adds_half_widths_in_squares() -> None:
 
 def test_table_has_a_line_a_plan() -> None:
     text = report.format_table(summary()["rows"])
-    assert text.count("pyramiddrop λ 0.5") == 2
+    assert text.count("pyramiddrop 70 %") == 2
     line = next(line for line in text.splitlines() if line.startswith("none"))
     assert line.split()[1:6] == ["95.0"] * 5
     assert "300 to 304 questions" in text
