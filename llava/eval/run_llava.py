@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     add_reduction_flags(parser)
+    parser.add_argument("--pdrop_infer", nargs="?", help="accepted from old scripts, not read")
     return parser
 
 
