@@ -23,7 +23,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
+SINGLE_WORD = "\nAnswer the question with a single word."
+VIZWIZ = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + WORD
 OCR_LINE = "Reference OCR token:"
+MMBENCH_COPY = 1_000_000
 MME_TAIL = "Please answer yes or no."
 
 
@@ -296,6 +299,136 @@ def _mme_file(root: Path, category: str, stem: str) -> dict[str, str]:
     return found
 
 
+def scienceqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """ScienceQA's problems, by id."""
+    (path,) = paths
+    table = {
+        own: {"answer": problem["answer"], "choices": len(problem["choices"])}
+        for own, problem in _need(read_json(path), dict, path).items()
+    }
+    return _by_key(questions, table, lambda question: str(question.question_id), path)
+
+
+def seed(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """SEED-Bench's file, by id (whole numbers here, texts there)."""
+    (path,) = paths
+    data = _need(read_json(path), dict, path)
+    names = {number: name for name, number in data["question_type"].items()}
+    table = {
+        str(entry["question_id"]): {
+            "answer": entry["answer"],
+            "type": names[entry["question_type_id"]],
+            "data_type": entry["data_type"],
+        }
+        for entry in data["questions"]
+    }
+    return _by_key(questions, table, lambda question: str(question.question_id), path)
+
+
+def mmbench(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """MMBench's TSV: a row whose index is a million or more is a copy with the options turned."""
+    (path,) = paths
+    rows = read_table(path)
+    if any(row.get("answer", "") == "" for row in rows):
+        raise ValueError(f"{path} has rows without an answer: this split is scored by its server")
+    table = {
+        int(row["index"]): {
+            "answer": row["answer"],
+            "options": options_of(row),
+            "base": int(row["index"]) % MMBENCH_COPY,
+            "category": row["category"],
+            "l2": row["l2-category"],
+        }
+        for row in rows
+    }
+    return _by_key(questions, table, lambda question: question.question_id, path)
+
+
+def vizwiz(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """VizWiz's annotation file, by picture."""
+    (path,) = paths
+    table = {
+        entry["image"]: {"answers": [answer["answer"] for answer in entry["answers"]]}
+        for entry in _need(read_json(path), list, path)
+    }
+    return _by_key(questions, table, lambda question: question.images[0], path)
+
+
+def docvqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """DocVQA's and InfographicVQA's annotation file, by id."""
+    (path,) = paths
+    table = {
+        str(entry["questionId"]): {"answers": entry["answers"]}
+        for entry in _need(read_json(path), dict, path)["data"]
+    }
+    return _by_key(questions, table, lambda question: str(question.question_id), path)
+
+
+def aokvqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """A-OKVQA's file, by id."""
+    (path,) = paths
+    table = {entry["question_id"]: entry for entry in _need(read_json(path), list, path)}
+    return _by_key(questions, table, lambda question: question.question_id, path)
+
+
+def captions(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """A caption file in COCO's format, by the id of the picture: a list of texts each."""
+    (path,) = paths
+    table: dict[str, list[str]] = {}
+    for entry in _need(read_json(path), dict, path)["annotations"]:
+        table.setdefault(str(entry["image_id"]), []).append(entry["caption"])
+    return _by_key(questions, table, lambda question: str(question.question_id), path)
+
+
+def llava_bench(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """LLaVA-Bench: contexts by picture, GPT-4's answers by id; what a judge is shown."""
+    contexts, answers = paths
+    words = {record["image"]: _lines(record["caption"]) for _, record in read_json_lines(contexts)}
+    return _shown(paths, questions, words, _texts(answers))
+
+
+def llava_qa90(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """LLaVA-QA90: captions and boxes by picture, GPT-4's answers by id."""
+    contexts, answers = paths
+    words = {}
+    for _, record in read_json_lines(contexts):
+        boxes = [f"{entry['category']}: {entry['bbox']}" for entry in record.get("instances", ())]
+        words[record["image"]] = "\n".join([_lines(record["captions"]), "", *boxes]).strip()
+    return _shown(paths, questions, words, _texts(answers))
+
+
+def mmvet(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
+    """MM-Vet's annotation file: an answer and the abilities it takes, by `v1_<id>`."""
+    (path,) = paths
+    table = {
+        own: {"answer": entry["answer"], "context": "", "capabilities": list(entry["capability"])}
+        for own, entry in _need(read_json(path), dict, path).items()
+    }
+    return _by_key(questions, table, lambda question: f"v1_{question.question_id}", path)
+
+
+def _lines(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else "\n".join(text)
+
+
+def _texts(path: Path) -> dict[str, str]:
+    return {str(record["question_id"]): record["text"] for _, record in read_json_lines(path)}
+
+
+def _shown(
+    paths: Sequence[Path],
+    questions: Sequence[Question],
+    contexts: dict[str, str],
+    answers: dict[str, str],
+) -> Labels:
+    picture = _by_key(questions, contexts, lambda question: question.images[0], paths[0])
+    right = _by_key(questions, answers, lambda question: str(question.question_id), paths[1])
+    return {
+        q.uid: {"answer": right[q.uid], "context": picture[q.uid], "capabilities": []}
+        for q in questions
+    }
+
+
 READERS: dict[str, Callable[[Sequence[Path], Sequence[Question]], Labels]] = {
     "in_order": in_order,
     "inline": inline,
@@ -304,5 +437,15 @@ READERS: dict[str, Callable[[Sequence[Path], Sequence[Question]], Labels]] = {
     "textvqa": textvqa,
     "pope": pope,
     "mme": mme,
+    "scienceqa": scienceqa,
+    "seed": seed,
+    "mmbench": mmbench,
+    "vizwiz": vizwiz,
+    "docvqa": docvqa,
+    "aokvqa": aokvqa,
+    "captions": captions,
+    "llava_bench": llava_bench,
+    "llava_qa90": llava_qa90,
+    "mmvet": mmvet,
 }
 """What the benchmark table calls a reader of labels."""

@@ -10,9 +10,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.eval.questions import Question
+from llava.eval.scorers.anls import ANLS
 from llava.eval.scorers.base import Scorer, Scores, score_items
-from llava.eval.scorers.exact import DIGITS, GQA
+from llava.eval.scorers.captions import CAPTIONS
+from llava.eval.scorers.exact import DIGITS, GQA, OCRVQA
 from llava.eval.scorers.join import join_answers
+from llava.eval.scorers.mmmu import MMMU
+from llava.eval.scorers.multiple_choice import (
+    AI2D,
+    AOKVQA,
+    AOKVQA_DIRECT,
+    MMBENCH,
+    MMSTAR,
+    SCIENCEQA,
+    SEED,
+)
+from llava.eval.scorers.relaxed import CHARTQA
+from llava.eval.scorers.review import PAIRS, SHARES
 from llava.eval.scorers.vqa_accuracy import TEN_ANSWERS, VQAV2
 from llava.eval.scorers.yes_no import MME, POPE
 
@@ -23,6 +37,20 @@ SCORERS: dict[str, Scorer] = {
     "ten_answers": TEN_ANSWERS,
     "pope": POPE,
     "mme": MME,
+    "scienceqa": SCIENCEQA,
+    "seed": SEED,
+    "mmbench": MMBENCH,
+    "mmstar": MMSTAR,
+    "ai2d": AI2D,
+    "aokvqa": AOKVQA,
+    "aokvqa_direct": AOKVQA_DIRECT,
+    "anls": ANLS,
+    "chartqa": CHARTQA,
+    "ocrvqa": OCRVQA,
+    "captions": CAPTIONS,
+    "mmmu": MMMU,
+    "pairs": PAIRS,
+    "shares": SHARES,
 }
 
 __all__ = ["SCORERS", "Scorer", "Scores", "join_answers", "score"]

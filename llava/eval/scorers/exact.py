@@ -25,6 +25,7 @@ from llava.eval.scorers.base import (
     grouped_means,
     mean_metric,
 )
+from llava.eval.scorers.captions import rouge_f1
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -106,9 +107,12 @@ def _gqa_metrics(items: Sequence[Item], dialect: str) -> dict[str, Metric]:
 
 
 # ----------------------------------------------------------------------------- OCR-VQA
-def _ocrvqa(question: Question, label: str, text: str, dialect: str) -> Item:
-    said = text.strip().lower()
-    return {"parsed": said, "label": label, "score": float(said == label.strip().lower())}
+def _ocrvqa(question: Question, label: dict[str, Any], text: str, dialect: str) -> Item:
+    """label: {"answer": text}. `fastv`: ROUGE-L, a different metric."""
+    said, right = text.strip().lower(), label["answer"]
+    if dialect == "fastv":
+        return {"parsed": text, "label": right, "score": rouge_f1(text, right)}
+    return {"parsed": said, "label": right, "score": float(said == right.strip().lower())}
 
 
 DIGITS = Scorer(by_item(_digits), accuracy_metrics)
@@ -118,4 +122,4 @@ GQA = Scorer(
     lambda items, dialect: {"distribution": gqa_distribution(items)},
     ("llava", "lmms"),
 )
-OCRVQA = Scorer(by_item(_ocrvqa), accuracy_metrics, dialects=("vlmevalkit",))
+OCRVQA = Scorer(by_item(_ocrvqa), accuracy_metrics, dialects=("vlmevalkit", "fastv"))
