@@ -32,8 +32,8 @@ from torch import Tensor
 from llava.reduction import AdaptPrune, Cut, ReductionPlan, Selection, View
 from llava.reduction.adaptprune import centre_weight, greedy, grid_places
 
-SCORE = {"atol": 1e-9, "rtol": 2e-4}
-"""Scores are small numbers; the attention under them differs by 1e-5 of itself between kernels."""
+SCORE = {"atol": 1e-9, "rtol": 5e-5}
+"""Scores are small numbers, so their tolerance is relative; measured: 1e-5."""
 
 
 class Watched(AdaptPrune):

@@ -50,21 +50,22 @@ def test_the_check_would_notice():
 
 
 @pytest.mark.gpu
-def test_no_synchronisation_on_a_gpu():
+@pytest.mark.parametrize("plan", ["pyramiddrop", "fastv", "adaptprune"])
+def test_no_synchronisation_on_a_gpu(plan):
     model = tiny_model().cuda()
     sequence = model.build_sequence(**batch(prompts(), "left"), kind="left").to("cuda")
     with torch.no_grad():
         for _ in range(2):  # the first call may initialise libraries
             torch.cuda.synchronize()
             output = model(
-                sequence=sequence, reduction=PLANS["pyramiddrop"], use_cache=True, logits_to_keep=1
+                sequence=sequence, reduction=PLANS[plan], use_cache=True, logits_to_keep=1
             )
             token = output.logits[:, -1].argmax(-1)[:, None]
             model(token, past_key_values=output.past_key_values)
         torch.cuda.set_sync_debug_mode("error")
         try:
             output = model(
-                sequence=sequence, reduction=PLANS["pyramiddrop"], use_cache=True, logits_to_keep=1
+                sequence=sequence, reduction=PLANS[plan], use_cache=True, logits_to_keep=1
             )
             token = output.logits[:, -1].argmax(-1)[:, None]
             model(token, past_key_values=output.past_key_values)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.reduction import PyramidDrop, Random, Uniform, View
+from llava.reduction import AdaptPrune, FastV, PyramidDrop, Random, Uniform, View
 from llava.reduction.base import keep_highest
 from llava.reduction.baselines import hash_uniform
 
@@ -39,11 +39,14 @@ def view_of(counts, budgets, protected=(), scores=None, reducer=None, seeds=None
 def test_exactly_the_budget_stays_and_padding_never(data):
     counts = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
     ratio = data.draw(st.floats(0, 1))
-    for reducer in (PyramidDrop(ratio), Random(ratio), Uniform(ratio)):
+    methods = (PyramidDrop, Random, Uniform, lambda share: FastV(r=share), AdaptPrune)
+    for reducer in (method(ratio) for method in methods):
         protected = [(0, counts[0] - 1)]
         budgets = [max(reducer.budget(n, n), int(g == 0)) for g, n in enumerate(counts)]
         scores = torch.rand(len(counts), max(counts)).round(decimals=1)  # with ties
         view = view_of(counts, budgets, protected, scores if reducer.signals else None, reducer)
+        for signal in reducer.signals[1:]:  # AdaptPrune's key vectors
+            view.signals[signal] = torch.rand(*view.valid.shape, 3).round(decimals=1)
         keep = reducer.select(view).keep
         assert keep.sum(1).tolist() == budgets
         assert not bool((keep & ~view.valid).any())
