@@ -6,8 +6,9 @@
 #   PLAN=pyramiddrop bash scripts/digits/train.sh   checkpoints/llava-digits-pdrop only
 #   SMOKE=1          bash scripts/digits/train.sh   every stage for a few steps
 #
-# Stages that are done are skipped, an interrupted one resumes from its last checkpoint. The plans
-# share all stages up to the questions (WORK). One core is enough (THREADS=1); seeds are fixed.
+# Stages that are done are skipped, an interrupted one resumes from its last checkpoint. The two
+# share data, tower and base and are trained side by side where two cores are; one thread each
+# (THREADS); seeds are fixed.
 # What is learned when, and how long it takes: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -33,7 +34,7 @@ else
   PICTURES=${PICTURES:-12000} TOWER_STEPS=${TOWER_STEPS:-2000} BASE_STEPS=${BASE_STEPS:-400}
   ALIGN_STEPS=${ALIGN_STEPS:-250} FACT_STEPS=${FACT_STEPS:-4500}
   RELATION_STEPS=${RELATION_STEPS:-1800} QUESTION_STEPS=${QUESTION_STEPS:-3600}
-  ANSWER_STEPS=${ANSWER_STEPS:-900} BATCH=${BATCH:-32}
+  ANSWER_STEPS=${ANSWER_STEPS:-2000} BATCH=${BATCH:-32}
 fi
 TRAIN=$DATA/digits/train
 
@@ -63,20 +64,20 @@ stage() {
     --report_to none --seed "$SEED" --output_dir "$run/$name" "$@"
 }
 
-# Everything up to the questions, without dropping
-plain_stages() {
-  local run=$WORK/none none=(--reduction none)
+# The stages of one model: stages PLAN [plan flags]. With PyramidDrop every stage drops, from the
+# first step on: gently until the questions are known, with the final ratios in the last stage.
+stages() {
+  local run=$WORK/$1; shift
   stage "$run" align "$WORK/base" align.json plain "$ALIGN_STEPS" 2e-3 \
-    --pretrain_mm_mlp_adapter "$WORK/base/mm_projector.bin" "${none[@]}"
-  stage "$run" facts "$run/align" facts.json plain "$FACT_STEPS" 2e-3 "${none[@]}"
-  stage "$run" relations "$run/facts" relations.json plain "$RELATION_STEPS" 2e-3 "${none[@]}"
-  stage "$run" questions "$run/relations" questions.json mistral_instruct "$QUESTION_STEPS" 2e-3 \
-    "${none[@]}"
+    --pretrain_mm_mlp_adapter "$WORK/base/mm_projector.bin" "$@"
+  stage "$run" facts "$run/align" facts.json plain "$FACT_STEPS" 2e-3 "$@"
+  stage "$run" relations "$run/facts" relations.json plain "$RELATION_STEPS" 2e-3 "$@"
+  stage "$run" questions "$run/relations" questions.json mistral_instruct "$QUESTION_STEPS" 2e-3 "$@"
 }
 
 # shipped PLAN NAME [last stages]: the folder of one checkpoint
 shipped() {
-  local plan=$1 name=$2 run=$WORK/none; shift 2
+  local plan=$1 name=$2 run=$WORK/$1; shift 2
   "$PYTHON" -m llava.digits.finish \
     --stages "$run/align" "$run/facts" "$run/relations" "$run/questions" "$@" \
     --tower "$WORK/tower" --base "$WORK/base" --plan "$plan" --out "$OUT/$name"
@@ -88,21 +89,40 @@ complete() {
 }
 
 plain() {
-  complete llava-digits || shipped none llava-digits
+  complete llava-digits && return
+  shared
+  stages none --reduction none
+  shipped none llava-digits
 }
 
-# Two questions a picture with PyramidDrop, from the model that learned to look without dropping
 dropped() {
   complete llava-digits-pdrop && return
-  BATCH=$((2 * BATCH)) stage "$WORK/pyramiddrop-from-plain" answers "$WORK/none/questions" answers.json \
-    mistral_instruct "$ANSWER_STEPS" 8e-4 \
-    --layer_list "${LAYERS:-[2,4,5]}" --image_token_ratio_list "${RATIOS:-[0.6,0.36,0.216]}"
-  shipped pyramiddrop llava-digits-pdrop "$WORK/pyramiddrop-from-plain/answers"
+  shared
+  local run=$WORK/pyramiddrop layers=${LAYERS:-[2,4,5]}
+  stages pyramiddrop --layer_list "$layers" --image_token_ratio_list "${EARLY_RATIOS:-[0.8,0.64,0.512]}"
+  BATCH=$((2 * BATCH)) stage "$run" answers "$run/questions" answers.json mistral_instruct \
+    "$ANSWER_STEPS" 8e-4 \
+    --layer_list "$layers" --image_token_ratio_list "${RATIOS:-[0.6,0.36,0.216]}"
+  shipped pyramiddrop llava-digits-pdrop "$run/answers"
 }
 
-todo=0
-if [ "$PLAN" != pyramiddrop ] && [ ! -f "$OUT/llava-digits/training.json" ]; then todo=1; fi
-if [ "$PLAN" != none ] && [ ! -f "$OUT/llava-digits-pdrop/training.json" ]; then todo=1; fi
-if [ "$todo" = 1 ]; then shared; plain_stages; fi
-if [ "$PLAN" != pyramiddrop ]; then plain; fi
-if [ "$PLAN" != none ]; then dropped; fi
+case "$PLAN" in
+  none) plain ;;
+  pyramiddrop) dropped ;;
+  both)
+    if complete llava-digits && complete llava-digits-pdrop; then
+      exit 0
+    elif [ "$(nproc)" -lt 2 ]; then
+      plain
+      dropped
+    else
+      shared
+      echo "training llava-digits beside it: $WORK/none.log"
+      plain >"$WORK/none.log" 2>&1 &
+      other=$!
+      trap 'kill "$other" 2>/dev/null || true' EXIT
+      dropped
+      wait "$other" || { tail -5 "$WORK/none.log" >&2; exit 1; }
+    fi
+    ;;
+esac
