@@ -23,6 +23,7 @@ from llava.constants import (
     IMAGE_PLACEHOLDER,
 )
 from llava.decoding import Decoding
+from llava.loading_flags import add_loading_flags, loading_options
 from llava.reduction.flags import add_reduction_flags
 from llava.reduction.plan import plan_from_flags
 from llava.serve.images import open_picture, split_sources
@@ -51,9 +52,7 @@ def eval_model(args: Any) -> str:
         args.model_base,
         conv_mode=args.conv_mode,
         reduction=plan,
-        device=optional("device"),
-        load_8bit=bool(optional("load_8bit")),
-        load_4bit=bool(optional("load_4bit")),
+        **loading_options(args),
     )
     set_seed(optional("seed") or 0)
     answer = engine.answer(plain_marks(args.query), pictures, decoding)
@@ -74,19 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.run_llava", description="One question about pictures."
     )
-    parser.add_argument("--model-path", required=True, help="checkpoint folder")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    add_loading_flags(parser)
     parser.add_argument("--image-file", required=True, help="paths or http(s) URLs, joined by SEP")
     parser.add_argument("--query", required=True)
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
     parser.add_argument("--sep", default=",", help="what joins several image files (default ,)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default 0.2)")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     add_reduction_flags(parser)
     parser.add_argument("--pdrop_infer", nargs="?", help="accepted from old scripts, not read")

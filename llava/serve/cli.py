@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.decoding import Decoding
+from llava.loading_flags import add_loading_flags, loading_options
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.serve.images import open_picture, split_sources
 from llava.utils import USER_ERRORS, describe_error, set_seed, user_errors
@@ -146,17 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="A dialogue about pictures in the terminal. In it: "
         + "; ".join(f"{name} {what}" for name, what in COMMANDS.items()),
     )
-    parser.add_argument("--model-path", required=True, help="checkpoint folder")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    add_loading_flags(parser)
     parser.add_argument("--image-file", help="paths or http(s) URLs, joined by SEP")
     parser.add_argument("--sep", default=",", help="what joins several image files (default ,)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default 0.2)")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     parser.add_argument("--debug", action="store_true", help="print time and text of each turn")
     add_reduction_flags(parser)
@@ -179,9 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.model_base,
         conv_mode=args.conv_mode,
         reduction=plan,
-        device=args.device,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
+        **loading_options(args),
     )
     set_seed(args.seed)
     with contextlib.suppress(ImportError):

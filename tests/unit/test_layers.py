@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("llava.mm_utils", 1),
     ("llava.side_text", 1),
     ("llava.prompting", 2),
+    ("llava.loading_flags", 2),
     ("llava.reduction", 2),
     ("llava.model", 3),
     ("llava.train", 4),
