@@ -21,17 +21,19 @@ _OPTIONS = (
 )
 
 
-def add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model-path`` and the flags of loading to ``parser``."""
+def add_loading_flags(parser: argparse.ArgumentParser, device_map: str | None = "auto") -> None:
+    """Add ``--model-path`` and the flags of loading to ``parser``. device_map: the default, None
+    for one device for everything (many processes, each with a model of its own)."""
     parser.add_argument("--model-path", required=True, help="checkpoint folder, or hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
     group = parser.add_argument_group("loading")
-    group.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    group.add_argument("--device", help="cpu, cuda, cuda:N, mps (default: cuda where there is one)")
     group.add_argument(
         "--device-map",
-        default="auto",
-        help="auto (default: over all visible cards), balanced, sequential, or none",
+        default=device_map,
+        help="over all visible cards: auto, balanced, sequential; none: one device "
+        f"(default: {device_map or 'none'})",
     )
     group.add_argument(
         "--dtype",
@@ -56,6 +58,6 @@ def loading_options(args: Any) -> dict[str, Any]:
     """
     options = {name: getattr(args, name, None) for name in _OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
-    if options.get("device_map") == "none":
-        options["device_map"] = None
+    if hasattr(args, "device_map") and args.device_map in (None, "none"):
+        options["device_map"] = None  # where nothing is said, load_checkpoint's default holds
     return {"dtype": None, **options}

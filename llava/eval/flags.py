@@ -14,16 +14,15 @@ import torch
 from llava.decoding import Decoding
 from llava.eval.answer import WORKERS
 from llava.eval.run_folder import config_hash
+from llava.loading_flags import add_loading_flags, loading_options
 from llava.mm_utils import get_model_name_from_path
-from llava.reduction.flags import add_reduction_flags
+from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.utils import Ranks
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model answers and how (shared with `llava eval`)."""
-    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    add_loading_flags(parser, device_map=None)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--num_beams", type=int, default=1)
@@ -34,11 +33,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--no-share", action="store_true", help="whole prompts: no common prefill for a picture"
     )
     parser.add_argument("--workers", type=int, default=WORKERS, help="threads that open pictures")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: this process's GPU)")
-    parser.add_argument("--device-map", help='spread one model over GPUs: "auto"')
-    parser.add_argument("--dtype", help="checkpoint, float32, bfloat16 or float16")
-    parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument("--load-8bit", action="store_true")
     add_reduction_flags(parser)
     parser.add_argument("--pdrop_infer", nargs="?", help="accepted from old scripts, has no effect")
 
@@ -51,25 +45,22 @@ def default_device(ranks: Ranks) -> str:
 
 
 def load_from_flags(args: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, Any, str]:
-    """(tokenizer, model, image processor, model name) of the model flags, on this process's
-    device."""
+    """(tokenizer, model, image processor, model name) of the model flags, on this process's device
+    unless a device map spreads the model over several."""
     from llava.model.builder import load_pretrained_model
 
-    accepted = ("checkpoint", "float32", "bfloat16", "float16")
-    if args.dtype not in (None, *accepted):
-        raise ValueError(f"--dtype {args.dtype!r}; accepted: {', '.join(accepted)}")
-    dtype = args.dtype if args.dtype in (None, "checkpoint") else getattr(torch, args.dtype)
+    options = loading_options(args)
+    if args.device is None and args.device_map in (None, "none"):
+        options["device"] = default_device(ranks)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
-        load_4bit=args.load_4bit,
-        load_8bit=args.load_8bit,
-        device_map=args.device_map,
-        device=args.device or default_device(ranks),
-        dtype=dtype,
+        conv_mode=args.conv_mode,
+        reduction=plan_from_args(args),
+        **options,
     )
     name = get_model_name_from_path(str(args.model_path))
-    return tokenizer, model.eval(), image_processor, name
+    return tokenizer, model, image_processor, name
 
 
 def answerer_options(args: argparse.Namespace) -> dict[str, Any]:

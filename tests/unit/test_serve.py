@@ -403,5 +403,5 @@ def test_quantisation_flags_reach_the_loader(folder, file, engine, monkeypatch):
     run_llava.eval_model(SimpleNamespace(**vars(run_llava.build_parser().parse_args(
         ["--model-path", str(folder), "--image-file", file, "--query", "x", "--load-8bit"]
     ))))  # fmt: skip
-    flags = [(one["load_4bit"], one["load_8bit"], one["device"]) for one in seen]
+    flags = [(one["load_4bit"], one["load_8bit"], one.get("device")) for one in seen]
     assert flags == [(True, False, "cpu"), (False, True, None)]
