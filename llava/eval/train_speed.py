@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.eval.speed import DTYPES, Workload, build_workload, check_flags
-from llava.eval.timing import Clock, Region, Series, interleave
 from llava.model.varlen_attention import VARLEN
 from llava.reduction import ReductionPlan, flops
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.sequence import Kind, Layout, TokenSequence
+from llava.timing import Clock, Region, Series, interleave
 from llava.utils import environment, json_dump, set_seed, user_errors
 
 SAMPLES = ((60, True), (320, True), (150, True), (210, False))

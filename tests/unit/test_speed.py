@@ -223,3 +223,19 @@ def test_cpu_512_comes_near_its_ideal() -> None:
 def test_bench_on_a_gpu() -> None:
     found = _bench("--preset", "tiny", "--repeats", "2", "--device", "cuda")
     assert found["kernels_per_cut"]["cuda_launches"] > 0
+
+
+def test_a_training_step_is_compared_with_transformers_own(tmp_path, capsys):
+    """The five steps compute one loss without a plan, and the ideals follow from their lengths."""
+    out = tmp_path / "train.json"
+    speed.main(["train", "--preset", "tiny", "--repeats", "1", "--json", str(out)])
+    found = json.loads(out.read_text())
+    losses = found["losses"]
+    for name in ("padded_none", "packed_none"):
+        assert losses[name] == pytest.approx(losses["hf_padded_none"], rel=1e-5)
+    assert losses["packed_plan"] == pytest.approx(losses["padded_plan"], rel=1e-5)
+    assert found["ideal_hf"] > found["ideal_packed"] > 1
+    for short in ("packed", "hf"):
+        share = found[f"speedup_{short}"] / found[f"ideal_{short}"]
+        assert found[f"share_{short}"] == pytest.approx(share)
+    assert "packed with the plan against" in capsys.readouterr().out
