@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 
@@ -31,3 +32,37 @@ def test_plans_in_the_documents_parse():
     assert len(plans) >= 3
     for plan in plans:
         assert ReductionPlan.parse(plan)
+
+
+def _tests_of(path):
+    """Names of the tests in a file."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_statement_of_the_comparison_names_a_test_that_exists():
+    text = (ROOT / "docs" / "Comparison.md").read_text(encoding="utf-8")
+    named = re.findall(r"(tests/\w+/\w+\.py)::(\w+)", text)
+    assert len(named) > 30
+    missing = [f"{path}::{name}" for path, name in named if name not in _tests_of(path)]
+    assert missing == []
+    for section in text.split("\n## ")[1:4]:  # using, training, evaluation
+        rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+        assert len(rows) > 5
+        for row in rows:
+            what, originals, here = (cell.strip() for cell in row.strip("|").split(" | "))
+            assert what
+            assert originals
+            assert "tests/" in here, f"{what}: no test stands behind this row"
+
+
+def test_the_rows_of_the_readme_are_rows_of_the_comparison():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in (ROOT / "docs" / "Comparison.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What runs")[1]
+    shown = re.findall(r"^\| ([^|]+?) \|", section.split("\n## ")[0], flags=re.MULTILINE)
+    assert len(shown) == 6
+    assert set(shown) <= {row[0] for row in rows}
