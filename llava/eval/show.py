@@ -46,6 +46,7 @@ from llava.eval.pages import (
     table,
     two,
 )
+from llava.loading_flags import add_loading_flags, loading_options
 from llava.reduction import ReductionPlan
 from llava.reduction.budget import tera
 from llava.utils import atomic_write, get_logger, json_dump, user_errors
@@ -285,16 +286,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava show", description="Which visual tokens plans keep, drawn on the picture."
     )
-    parser.add_argument("--model-path", required=True, help="checkpoint folder")
+    add_loading_flags(parser)
     parser.add_argument("--image", nargs="+", required=True, help="one picture or several")
     parser.add_argument("--question", required=True)
     parser.add_argument(
         "--reduction", action="append", metavar="PLAN",
         help="a plan; again for more (default: the checkpoint's own). None is always shown.",
     )  # fmt: skip
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--out", default="show.html", help="NAME.html, or a folder for PNGs")
     parser.add_argument("--json", metavar="FILE", help="write what was drawn there too")
     return parser
@@ -319,7 +318,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from llava.utils import environment
 
     pictures = [load_image(path) for path in args.image]
-    tokenizer, model, processor, _ = load_pretrained_model(args.model_path, device=args.device)
+    tokenizer, model, processor, _ = load_pretrained_model(
+        args.model_path, args.model_base, **loading_options(args)
+    )
     plans = plans_of(args.reduction, getattr(model.config, "visual_token_reduction", None))
     scene = look(
         tokenizer, model, processor, args.question, pictures, plans, conv_mode=args.conv_mode,

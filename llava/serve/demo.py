@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from llava.drawing import colour, stage_figures
+from llava.loading_flags import add_loading_flags, loading_options
 from llava.model.tracing import look
 from llava.prompting import move_batch, questions_batch
 from llava.reduction import REDUCERS, ReductionPlan
@@ -323,10 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava demo", description="Ask a model with and without dropping, in a browser."
     )
-    parser.add_argument("--model-path", required=True, help="checkpoint folder")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    add_loading_flags(parser)
     parser.add_argument("--data", default="playground/data", help="where the digits sets are")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860)
@@ -340,9 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < args.port < 65536:
         raise ValueError(f"--port {args.port}; accepted: 1 to 65535")
     engine = Engine.load(
-        args.model_path, args.model_base, conv_mode=args.conv_mode, reduction="none",
-        device=args.device,
-    )  # fmt: skip
+        args.model_path, args.model_base, conv_mode=args.conv_mode, **loading_options(args)
+    )
     examples = digits_examples(Path(args.data))
     if not examples:
         log.info("no examples: `llava digits --out %s` builds the digits sets", args.data)

@@ -50,7 +50,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("demo")
     picture = root / "noise.png"
     Image.effect_noise((56, 56), 80).convert("RGB").save(picture)
-    engine = Engine.load(save_tiny_checkpoint(root / "tiny"), reduction="none", device="cpu")
+    engine = Engine.load(save_tiny_checkpoint(root / "tiny"), device="cpu")
     blocks, looks = demo.build_page(demo.Demo(engine), [[str(picture), "Is there a red 3?"]])
     _, address, _ = blocks.launch(
         server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True,

@@ -23,7 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> demo.Demo:
     folder = save_tiny_checkpoint(
         tmp_path_factory.mktemp("demo") / "tiny", reduction=TRAINED.to_dict()
     )
-    return demo.Demo(Engine.load(folder, reduction="none", device="cpu"))
+    return demo.Demo(Engine.load(folder, device="cpu"))
 
 
 def picture() -> Image.Image:
