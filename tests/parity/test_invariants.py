@@ -184,6 +184,16 @@ def test_generation_with_a_cache_is_without_one(family, plan):
             assert tokens[index].tolist() == uncached(model, sample, plan, 8)
 
 
+@pytest.mark.parametrize("text", ["fastv:k=2,r=0", "fastv:k=5,keep=16", "adaptprune:k=2,keep=1.0"])
+def test_a_cut_that_keeps_everything_changes_nothing(text):
+    model, inputs = tiny_model(), batch(prompts()[:2])
+    with torch.no_grad():
+        got = model(**inputs, reduction=text, return_trace=True)
+        expected = model(**inputs, reduction="none").logits
+    assert all(bool((cut.keep == cut.valid).all()) for cut in got.trace)
+    torch.testing.assert_close(got.logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("plan", ["fastv", "pyramiddrop", "random then uniform"])
 def test_ranking_anew_at_every_token(family, plan):
