@@ -43,7 +43,7 @@ from llava.utils import environment, get_logger, json_dump, set_seed, user_error
 
 log = get_logger(__name__)
 PARTS = ("vision", "prefill", "decode", "train")
-WHOLE_RUNS = {"train": "llava.eval.train_speed"}
+WHOLE_RUNS = {"train": "llava.eval.train_speed", "eval": "llava.eval.bench_eval"}
 """``llava bench NAME ...``: benchmarks of more than one pass, each with flags of its own."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
