@@ -37,6 +37,9 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("llava.reduction.budget:main", "layers and ratios that meet a budget"),
     "chat": Command("llava.serve.cli:main", "a dialogue about pictures in the terminal"),
     "demo": Command("llava.serve.demo:main", "a browser page: answers with and without a plan"),
+    "calibrate-heads": Command(
+        "llava.eval.calibrate_heads:main", "head masks for YOPO, from your own questions"
+    ),
     "show": Command("llava.eval.show:main", "the tokens that plans keep, drawn on the picture"),
     "digits": Command("llava.digits.build:main", "build the digits data set"),
     "quickstart": Command("llava.quickstart:main", "the shipped models, with and without dropping"),

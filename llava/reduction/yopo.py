@@ -31,11 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-
 from llava.reduction.base import LayerCost, Selection, Signal, View
 from llava.reduction.forms import Parts, build
+from llava.reduction.head_masks import head_rows
 from llava.sequence import Per
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ Mode = Literal["renorm", "renorm_layers", "leaky"]
 MODES: tuple[str, ...] = ("renorm", "renorm_layers", "leaky")
 PUBLISHED = {(32, 4096, 11008): (1.91, 0.92), (40, 5120, 13824): (3.72, 1.79)}
 """Table 2 of the paper, T, by layers, hidden size and feed-forward width of LLaVA-1.5 7B, 13B."""
-MASK_FILES: tuple[str, ...] = (".npy", ".pth", ".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -273,66 +270,38 @@ def _check_whole(name: str, value: object) -> None:
         raise ValueError(f"{name} {value!r} is not accepted; give an integer >= 1 or None")
 
 
-# ----------------------------------------------------------------------------- head masks
-def head_rows(heads: Any) -> float | tuple[str, ...]:
-    """What `heads` may be given as, in the form `YOPO` keeps. ValueError for anything else."""
-    if isinstance(heads, str):
-        return head_rows(load_head_mask(heads))
-    if isinstance(heads, (int, float)) and not isinstance(heads, bool):
-        if not 0 <= heads <= 1:
-            raise ValueError(f"heads {heads!r} is not accepted; give a share in [0, 1] or a mask")
-        return float(heads)
-    if isinstance(heads, torch.Tensor):
-        heads = heads.cpu().numpy()
-    rows = [_head_row(row) for row in heads] if isinstance(heads, Sequence | np.ndarray) else []
-    if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise ValueError(
-            f"heads {heads!r} is no mask; give one row of 0 and 1 a layer, a file "
-            f"({', '.join(MASK_FILES)}) or a share"
-        )
-    return tuple(rows)
+CHECKPOINT_KEYS = ("attncut_w", "headcut_num", "mlpcut_ratio", "layercut_num")
+"""What the original writes into a checkpoint's config.json, beside `sprompt_len`, the position of
+the picture, which the prompt itself says."""
 
 
-def _head_row(row: Any) -> str:
-    if isinstance(row, str) and set(row) <= {"0", "1"}:
-        return row
-    flags = np.asarray(row) if not isinstance(row, str) else np.array([])
-    if flags.ndim != 1 or not np.isin(flags, (0, 1)).all() or isinstance(row, str):
-        raise ValueError(f"row {row!r} of the head mask is not accepted; give 0 and 1 a head")
-    return "".join("1" if flag else "0" for flag in flags)
+def plan_from_config(
+    config: Mapping[str, Any], folder: str | Path | None = None
+) -> dict[str, Any] | None:
+    """The plan of a checkpoint of the original, from its config.json, as `ReductionPlan.parse`
+    takes it; None for other checkpoints.
 
-
-def load_head_mask(path: str | Path) -> np.ndarray:
-    """Bool [layers, heads], True = kept, from the original's .npy or .pth or from ours.
-
-    Nothing in the file is executed. ValueError for a file that is missing, of another kind or of
-    another shape.
+    Such checkpoints were trained with the simulation, so the mode is `leaky`. `headcut_num` names a
+    file of the original's repository, ``headmask/headmask_<size>_<number>.npy``: it is looked for
+    below `folder`. ValueError when a key or that file is missing.
     """
-    file = Path(path)
-    if file.suffix not in MASK_FILES:
-        raise ValueError(f"head mask {path}: accepted are {', '.join(MASK_FILES)} files")
-    if not file.is_file():
-        raise ValueError(f"head mask {path} does not exist")
-    try:
-        mask = _read_mask(file)
-    except Exception as error:
-        raise ValueError(f"head mask {path} cannot be read: {error}") from error
-    if mask.ndim != 2 or not mask.size or not np.isin(mask, (0, 1)).all():
+    said = [key for key in ("sprompt_len", *CHECKPOINT_KEYS) if config.get(key) is not None]
+    if not said:
+        return None
+    missing = [key for key in CHECKPOINT_KEYS if config.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json has YOPO's {', '.join(said)} but no {', '.join(missing)}")
+    window, number, ffn, layers = (config[key] for key in CHECKPOINT_KEYS)
+    pattern = f"headmask_*_{number}.npy"
+    found = [] if folder is None else sorted(Path(folder).rglob(pattern))
+    if len(found) != 1:
         raise ValueError(
-            f"head mask {path} holds shape {mask.shape} of {mask.dtype}; needed: [layers, heads] "
-            "of 0 and 1"
+            f"this checkpoint was trained with YOPO and a head mask of {number} heads, a file "
+            f"{pattern} of the original's repository; {len(found)} of that name lie below "
+            f"{folder}. Put one there, or give --reduction "
+            f'"yopo:layers={layers},heads=FILE,window={window},ffn={ffn},mode=leaky"'
         )
-    return mask.astype(bool)
-
-
-def _read_mask(file: Path) -> np.ndarray:
-    if file.suffix == ".npy":
-        return np.load(file, allow_pickle=False)
-    if file.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        tensors = load_file(file)
-        if len(tensors) != 1:
-            raise ValueError(f"it holds {sorted(tensors)}; one tensor is needed")
-        return next(iter(tensors.values()))
-    return np.asarray(torch.load(file, map_location="cpu", weights_only=True))
+    depth = config.get("num_hidden_layers")
+    layers = None if depth is not None and layers >= depth else layers
+    program = YOPO(layers, head_rows(str(found[0])), window, ffn, "leaky")
+    return {"positions": YOPO.positions, "program": {"method": YOPO.name, **program.options()}}

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from test_transformers import STOCK
-from tiny import FAMILIES, PLANS, SIZES, VISUAL, batch, prompts, tiny_model
+from tiny import FAMILIES, LAYERS, PLANS, SIZES, VISUAL, batch, prompts, tiny_model
 
 from llava.model.layer_programs import RUNNERS
 from llava.reduction import YOPO, Cut, ReductionPlan, Signal, View
 from llava.reduction.base import keep_highest
+from llava.reduction.head_masks import WatchHeads, ratios_of
 
 AT = 3
 
@@ -156,6 +157,32 @@ def test_rows_in_front_of_answers_rank_in_training():
     rows = maps.attentions[AT][0, :, [7 + shift, 13 + shift]].mean((0, 1))
     place = sequence.cell[0, :, 0] >= 0
     torch.testing.assert_close(probe.seen[0].signals[signal][0], rows[place])
+
+
+def test_head_ratios_are_those_of_the_maps():
+    """Calibration: mass of the last prompt token on pictures over mass on text, every head."""
+    ours, samples = tiny_model("qwen3"), prompts()
+    watched = [WatchHeads() for _ in range(LAYERS)]
+    plan = ReductionPlan(tuple(map(Cut, range(LAYERS), watched)), positions="original")
+    with torch.no_grad():
+        out = ours(**batch(samples, "left"), reduction=plan, use_cache=False)
+        plain = ours(**batch(samples, "left"), reduction="none", use_cache=False)
+    torch.testing.assert_close(out.logits, plain.logits, atol=0, rtol=0)
+    ratios = ratios_of(watched)
+    with_picture = [sample for sample in samples if sample[1]]
+    assert ratios.shape == (len(with_picture), LAYERS, 4)
+    stock = stock_of("qwen3", ours)
+    for index, sample in enumerate(with_picture):
+        sequence = ours.build_sequence(**batch([sample]))
+        with torch.no_grad():
+            maps = stock(inputs_embeds=sequence.hidden, output_attentions=True).attentions
+        visual = sequence.cell[0, :, 0] >= 0
+        for layer, rows in enumerate(maps):
+            mass = rows[0, :, -1]
+            expected = mass[:, visual].sum(1) / mass[:, ~visual].sum(1)
+            torch.testing.assert_close(
+                torch.from_numpy(ratios[index, layer]).float(), expected, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_layer_program_runs_layers_its_own_way(monkeypatch):

@@ -64,7 +64,17 @@ SHIMS: frozenset[str] = frozenset(
 
 REDUCTION_SHARED = frozenset(
     f"llava.reduction{name}"
-    for name in ("", ".base", ".budget", ".forms", ".plan", ".scores", ".flags", ".flops")
+    for name in (
+        "",
+        ".base",
+        ".budget",
+        ".forms",
+        ".plan",
+        ".scores",
+        ".flags",
+        ".flops",
+        ".head_masks",
+    )
 )
 
 
