@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from llava.constants import IGNORE_INDEX
 from llava.model.hf_inputs import fold_image_ids, image_token_id, unpack_pixels
@@ -47,6 +48,9 @@ class LlavaOutput(CausalLMOutputWithPast):
     stages: tuple[StageFacts, ...] | None = None
 
 
+_LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+
 class LlavaMetaModel:
     """Tower, projector and newline beside a decoder. Mixin in front of `StagedModelMixin`."""
 
@@ -57,6 +61,23 @@ class LlavaMetaModel:
             self.mm_projector = build_vision_projector(config)
             if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
                 self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `StagedModelMixin.forward`.
+
+        transformers hooks every layer below a model when outputs of layers are first asked for, a
+        tower that has been called by itself a second time; from then on its hidden states would
+        come double, and `mm_vision_select_layer` name others. So the decoder is hooked alone.
+        """
+        asked = (kwargs.get(name, getattr(self.config, name, False)) for name in _LAYER_OUTPUTS)
+        if any(asked) and "vision_tower" in self._modules:
+            tower = self._modules["vision_tower"]
+            self._modules["vision_tower"] = None
+            try:
+                maybe_install_capturing_hooks(self)
+            finally:
+                self._modules["vision_tower"] = tower
+        return super().forward(*args, **kwargs)
 
     def get_vision_tower(self) -> Any:
         """The tower, or None for a model without one."""

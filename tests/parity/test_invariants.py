@@ -289,6 +289,17 @@ def test_what_cannot_be_right_is_refused(options, message):
         tiny_model().generate(**batch(prompts()), max_new_tokens=2, **options)
 
 
+def test_asking_for_hidden_states_leaves_the_tower_as_it_is():
+    """transformers would hook the tower's layers twice; its features came from another layer."""
+    model, inputs = tiny_model(), batch(prompts())
+    with torch.no_grad():
+        before = model.build_sequence(**inputs).hidden
+        for _ in range(2):
+            output = model(**inputs, reduction="none", output_hidden_states=True)
+            assert len(output.hidden_states) == 7
+            torch.testing.assert_close(model.build_sequence(**inputs).hidden, before)
+
+
 def test_hidden_states_are_collected_with_their_lengths():
     output = run(tiny_model(), prompts()[:1], "pyramiddrop", output_hidden_states=True)
     lengths = [state.shape[1] for state in output.hidden_states]
