@@ -32,6 +32,7 @@ from llava.reduction.flops import (
     Preset,
     cost,
     get_preset,
+    stage_name,
     visual_counts,
     with_tokens,
 )
@@ -375,7 +376,7 @@ def format_report(result: dict[str, Any]) -> str:
     ]
     stops = [*achieved["starts"][1:], result["num_layers"]]
     for start, stop, kept in zip(achieved["starts"], stops, achieved["kept_tokens"], strict=True):
-        lines.append(f"  layers {f'{start}-{stop - 1}':<7} {kept:>6} visual tokens")
+        lines.append(f"  {stage_name(start, stop):<14} {kept:>6} visual tokens")
     rows = (
         ("average tokens (mean over layers)", "average_tokens", "{:.4g}".format),
         ("tokens in the last layer", "final_tokens", "{:.4g}".format),

@@ -498,6 +498,12 @@ def report(preset: Preset, plan: ReductionPlan) -> dict[str, Any]:
     }
 
 
+def stage_name(start: int, stop: int) -> str:
+    """What a terminal calls the layers start .. stop-1; "input" where a cut in front of layer 0
+    leaves none."""
+    return "input" if start == stop else f"layers {start}-{stop - 1}"
+
+
 def format_report(name: str, layers: int, result: dict[str, Any]) -> str:
     """The figures as the lines a terminal shows."""
     none = result["none"]
@@ -511,8 +517,8 @@ def format_report(name: str, layers: int, result: dict[str, Any]) -> str:
         result["stage_starts"], stops, result["kept_tokens"], result["stage_lengths"], strict=True
     )
     for start, stop, kept, length in rows:
-        span = f"{start}-{stop - 1}"
-        lines.append(f"  layers {span:<7} {kept:>6} visual tokens, {length:>6} in all")
+        span = stage_name(start, stop)
+        lines.append(f"  {span:<14} {kept:>6} visual tokens, {length:>6} in all")
     pairs = (
         ("visual MACs (papers' convention)", "visual_tmacs", "T"),
         ("... of all tokens, text included", "token_tmacs", "T"),
