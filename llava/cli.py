@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("llava.eval.score:export_main", "the file a benchmark's server wants"),
     "judge": Command("llava.eval.judge:main", "sets that a language model scores"),
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
+    "verify": Command("llava.verify:main", "check that a checkpoint is read as it was meant"),
     "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),
     "flops": Command("llava.reduction.flops:main", "cost of a plan in closed form"),
     "plan": Command("llava.reduction.budget:main", "layers and ratios that meet a budget"),

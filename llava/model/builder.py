@@ -178,7 +178,7 @@ def resolve_folder(name: str | Path) -> Path:
     """A local folder, or the local copy of a hub repository. ValueError when there is none."""
     path = Path(name).expanduser()
     text = str(name)
-    if path.is_dir() or path.is_absolute() or text.count("/") != 1 or text.startswith("."):
+    if path.exists() or path.is_absolute() or text.count("/") != 1 or text.startswith("."):
         return path  # `inspect_checkpoint` names what is wrong with it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -186,7 +186,7 @@ def resolve_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(text, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].split(". ")[0]
         raise ValueError(
             f"{text} is neither a folder here nor to be had from the hub: {first}"
         ) from None
@@ -216,6 +216,7 @@ def _plan(config: Any, reduction: Any, parts: Parts) -> Choice:
             parts.folders[0],
             PUBLISHED_PYRAMID,
         )
+        source = f"default; trained by PyramidDrop with {PUBLISHED_PYRAMID}"
     return Choice(plan, "flag" if reduction is not None else source)
 
 

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("llava.digits", 4),
     ("llava.cli", 5),
     ("llava.quickstart", 5),
+    ("llava.verify", 5),
     ("llava", 0),  # the lazy names of __init__ are no imports
 )
 
