@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("llava.eval.score:compare_main", "what one run gains over another"),
     "export": Command("llava.eval.score:export_main", "the file a benchmark's server wants"),
     "judge": Command("llava.eval.judge:main", "sets that a language model scores"),
+    "data": Command("llava.eval.data:main", "prepare and check benchmark files"),
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
     "verify": Command("llava.verify:main", "check that a checkpoint is read as it was meant"),
     "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),

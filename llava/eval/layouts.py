@@ -204,7 +204,7 @@ def textvqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
     (path,) = paths
     by_picture: dict[str, list[dict[str, Any]]] = {}
     for entry in _need(read_json(path), dict, path)["data"]:
-        by_picture.setdefault(entry["image_id"], []).append(entry)
+        by_picture.setdefault(str(entry["image_id"]), []).append(entry)
     labels = {}
     for question in questions:
         entries = by_picture.get(str(question.question_id), [])

@@ -376,7 +376,8 @@ def _spreadsheet(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def mmstar(folder: Path) -> dict[str, Any]:
     entries = records(folder / "mmstar.jsonl")
     questions = [
-        Question(str(e["index"]), e["index"], e["question"], (e["image"],)) for e in entries
+        Question(str(e["index"]), e["index"], e["question"], (e["image"],), e["category"])
+        for e in entries
     ]
     labels = {str(entry["index"]): entry for entry in entries}
     scores = score("mmstar", questions, labels, given(folder, questions))

@@ -213,10 +213,9 @@ def _places(text: str, letter: str) -> list[tuple[int, int]]:
 
 
 def _mmstar(question: Question, label: dict[str, Any], text: str, dialect: str) -> Item:
-    """label: {"answer": letter, "category", "l2_category"}."""
+    """label: {"answer": letter, "l2_category"}."""
     parsed = extract_letter(text)
     return {
-        "category": label["category"],
         "l2": label["l2_category"],
         "parsed": parsed,
         "label": label["answer"],
