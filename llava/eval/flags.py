@@ -1,6 +1,8 @@
 """The flags that say which model answers and how, shared by `llava answer` and `llava eval`.
 
-llava eval pope --model-path checkpoints/llava-v1.5-7b --load-4bit --batch-size 16
+Special here: a process without --device takes its own GPU (its rank on the machine), and the
+weights are identified by the names and sizes of their files: `llava eval pope --model-path
+checkpoints/llava-v1.5-7b --load-4bit --batch-size 16`.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "model_base": args.model_base,
         "model_files": folder_fingerprint(path) if path.is_dir() else None,
         "load": "4bit" if args.load_4bit else "8bit" if args.load_8bit else "full",
+        "vision_tower": args.vision_tower,
+        "image_aspect_ratio": args.image_aspect_ratio,
     }
 
 

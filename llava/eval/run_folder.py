@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.batches import Batch
+from llava.eval.questions import read_json_lines
 from llava.utils import Ranks, atomic_write, environment, json_dump
 
 VERSION = 1
@@ -45,6 +46,14 @@ def write_answers(path: str | Path, records: Iterable[Record]) -> None:
     with atomic_write(path) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_answers(run: str | Path) -> list[Record]:
+    """The answers of a run's folder; while it is not complete, those that its shards hold."""
+    folder = RunFolder.at(run)
+    if folder.answers.is_file():
+        return [record for _, record in read_json_lines(folder.answers)]
+    return folder.merge().records
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from llava.eval.benchmarks import (
 )
 from llava.eval.layouts import read_json
 from llava.eval.questions import read_json_lines
+from llava.eval.run_folder import read_answers
 from llava.eval.scorers import SCORERS, Scores, join_answers
 from llava.eval.scorers.base import Item, Metric, check_complete
 from llava.eval.scorers.interval import (
@@ -69,7 +70,7 @@ def open_answers(
     if target.is_dir():
         run = _run_settings(target)
         loaded = _load(run, benchmark, data_root, limit)
-        return Answered(loaded, _read_answers(target / "answers.jsonl"), target)
+        return Answered(loaded, read_answers(target), target)
     if benchmark is None:
         raise ValueError(f"{target}: say which set it answers: --benchmark {'|'.join(BENCHMARKS)}")
     loaded = load_benchmark(benchmark, data_root or DATA_ROOT, limit)

@@ -23,7 +23,9 @@ from llava.eval.answer import answer_questions
 from llava.eval.answer_file import main
 from llava.eval.batches import common_prefix, plan_batches
 from llava.eval.benchmarks import load_benchmark, resolve_names
+from llava.eval.merge import main as merge_main
 from llava.eval.questions import Question, read_questions
+from llava.eval.score import main as score_main
 from llava.mm_utils import clip_image_processor_class
 from llava.model.multimodal_prep import Splicer
 from llava.prompting import build_prompt, tokenize_prompt
@@ -433,6 +435,65 @@ def test_llava_eval_scores_and_writes(data_root, tmp_path, shipped, capsys):
     run_module.main(argv)
     assert len(list((results / "digits_vqav2").iterdir())) == 1
     run_module.main([*argv, "--blind"])
+    assert len(list((results / "digits_vqav2").iterdir())) == 2
+
+
+def test_bad_input_is_one_line_and_writes_over_nothing(
+    data_root, tmp_path, shipped, capsys, monkeypatch
+):
+    results, place = tmp_path / "results", data_root / "digits" / "vqav2"
+    argv = [
+        "digits_vqav2", "--model-path", "tiny", "--data-root", str(data_root),
+        "--results", str(results), "--batch-size", "2",
+    ]  # fmt: skip
+
+    def refused(command, argv, says):
+        before = {p: p.read_bytes() for p in results.rglob("*") if p.is_file()}
+        with pytest.raises(SystemExit) as stop:
+            command(argv)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err.splitlines()
+        assert says in err[-1], err
+        assert "Traceback" not in "".join(err)
+        assert before == {p: p.read_bytes() for p in results.rglob("*") if p.is_file()}
+
+    refused(run_module.main, ["nosuch", *argv[1:]], "unknown benchmark 'nosuch'")
+    picture = place / "val2014" / "red.png"
+    data = picture.read_bytes()
+    picture.unlink()
+    refused(run_module.main, argv, "red.png")
+    assert not results.exists()
+    picture.write_bytes(data)
+
+    # One of two processes: its part is there, and is no run that could be scored.
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run_module.main(argv)
+    (run,) = (results / "digits_vqav2").iterdir()
+    assert not (run / "answers.jsonl").exists()
+    refused(score_main, [str(run)], "missing")
+    refused(merge_main, [str(run)], "have no answer")
+    partial = tmp_path / "partial.json"
+    assert score_main([str(run), "--allow-missing", "--json", str(partial)]) == 0
+    assert json.loads(partial.read_text())["n_missing"] == 4
+    # A torn last line is cut off by the process that wrote it, and its batch answered again.
+    (shard,) = run.glob("shards/answers.*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    run_module.main(argv)
+    assert shard.read_bytes().count(b"\n") >= whole.count(b"\n")
+    monkeypatch.delenv("RANK")
+    run_module.main(argv)
+    assert json.loads((run / "scores.json").read_text())["n_missing"] == 0
+    lines = (run / "answers.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["uid"] for line in lines}) == len(lines) == 6
+
+    # The question file has changed since: other questions, so another run, and no score of this.
+    asked = (place / "llava_vqav2_mscoco_val2014.jsonl").read_text()
+    changed = asked.replace("What?", "Which?")
+    (place / "llava_vqav2_mscoco_val2014.jsonl").write_text(changed)
+    refused(score_main, [str(run)], "the answers belong to another question file")
+    run_module.main(argv)
     assert len(list((results / "digits_vqav2").iterdir())) == 2
 
 
