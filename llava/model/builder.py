@@ -302,7 +302,7 @@ def _quantisation(load_8bit: bool, load_4bit: bool, device: torch.device) -> Any
         ) from error
     if device.type == "mps":
         raise ValueError("bitsandbytes cannot quantise on mps; use cuda, or load without it")
-    keep = ["vision_tower", "mm_projector", "lm_head"]
+    keep = [".*vision_tower", ".*mm_projector", "lm_head"]  # transformers matches from the start
     if load_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(

@@ -274,7 +274,8 @@ def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArgume
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(trained[part])
-        counts[part] += parameter.numel() if trained[part] else 0
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel is a share
+        counts[part] += size if trained[part] else 0
     asked = {
         "projector": model_args.tune_mm_mlp_adapter,
         "tower": training_args.unfreeze_mm_vision_tower,

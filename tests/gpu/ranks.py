@@ -29,6 +29,8 @@ def zero(device: torch.device, stage: int) -> dict[str, Any]:
         folder = Path(name)
         write_all(folder)
         half_text(folder / "data")
+        # Both go on from the same weights: ZeRO-3 draws random ones in another order.
+        losses_of(train_command(folder, "base", device), folder / "base", 1)
         one = losses_of(train_command(folder, "one", device), folder / "one", 1)
         two = losses_of(train_command(folder, "two", device, stage), folder / "two", 2)
     assert len(one) == len(two) == STEPS, f"{len(one)} and {len(two)} steps, not {STEPS}"
@@ -50,12 +52,13 @@ def half_text(data: Path) -> None:
 def train_command(
     folder: Path, name: str, device: torch.device, stage: int | None = None
 ) -> list[str]:
-    """Flags of `llava.train.train`: two samples a step, on one process or two ranks."""
+    """Flags of `llava.train.train`: two samples a step, on one process or two ranks. "base" starts
+    from random weights and takes one step, the others from what it wrote."""
+    start = {"init_from_config": folder / "config", "vision_tower": folder / "tower"}
     flags: dict[str, Any] = {
-        "init_from_config": folder / "config",
+        **(start if name == "base" else {"model_name_or_path": folder / "base"}),
         "data_path": folder / "data" / "half.json",
         "image_folder": folder / "data" / "images",
-        "vision_tower": folder / "tower",
         "output_dir": folder / name,
         "version": "mistral_instruct",
         "mm_use_im_patch_token": False,
@@ -65,7 +68,7 @@ def train_command(
         "image_token_ratio_list": "[0.5,0.25]",
         "per_device_train_batch_size": 2 if stage is None else 1,
         "loss_mean": "tokens",
-        "max_steps": STEPS,
+        "max_steps": 1 if name == "base" else STEPS,
         "logging_steps": 1,
         "save_strategy": "no",
         "learning_rate": 1e-3,

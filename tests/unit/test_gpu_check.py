@@ -207,8 +207,8 @@ def test_the_ranks_train_on_pictures_and_text_in_turn(tmp_path):
     ranks.half_text(tmp_path / "data")
     samples = json.loads((tmp_path / "data" / "half.json").read_text())
     assert ["image" in sample for sample in samples] == [True, False] * ranks.STEPS
-    for stage in (None, 2, 3):
-        flags = ranks.train_command(tmp_path, "out", CPU, stage)
+    for name, stage in (("base", None), ("one", None), ("two", 2), ("two", 3)):
+        flags = ranks.train_command(tmp_path, name, CPU, stage)
         build_parser().parse_args(flags)
         if stage:
             assert (ROOT / "scripts" / f"zero{stage}.json").is_file()

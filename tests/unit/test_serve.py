@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -405,3 +406,26 @@ def test_quantisation_flags_reach_the_loader(folder, file, engine, monkeypatch):
     ))))  # fmt: skip
     flags = [(one["load_4bit"], one["load_8bit"], one.get("device")) for one in seen]
     assert flags == [(True, False, "cpu"), (False, True, None)]
+
+
+@pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])
+def test_a_quantised_chat(file, flag, monkeypatch, capsys):
+    """Tower, projector and head stay as they are; the decoder's layers are quantised. The shipped
+    model, because bitsandbytes has no 4-bit rows shorter than 64 on a CPU."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made, load = [], Engine.load
+
+    def remember(*args, **options):
+        made.append(load(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "load", remember)
+    type_lines(monkeypatch, "what?", "and?")
+    shipped = ROOT / "checkpoints" / "llava-digits"
+    assert chat(shipped, "--image-file", file, flag, "--device", "cpu") == 0
+    assert capsys.readouterr().out.count("ASSISTANT: ") == 2
+    kind = {"--load-4bit": "Linear4bit", "--load-8bit": "Linear8bitLt"}[flag]
+    quantised = getattr(bitsandbytes.nn, kind)
+    for name, module in made[0].model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert isinstance(module, quantised) is name.startswith("model.layers."), name
