@@ -124,6 +124,14 @@ ORIGINALS: dict[str, dict[str, Any]] = {
             "mm_patch_merge_type": "flat", "mm_projector_lr": None, "torch_dtype": "bfloat16",
         },
     },
+    "yopo": {
+        "shards": 2, "suffix": "safetensors", "tower": True,
+        "config": {
+            "model_type": "llava_llama", "mm_patch_merge_type": "flat", "mm_projector_lr": None,
+            "sprompt_len": 35, "attncut_w": 5, "headcut_num": 24, "mlpcut_ratio": 2,
+            "layercut_num": 2,
+        },
+    },
 }  # fmt: skip
 
 

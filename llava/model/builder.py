@@ -38,6 +38,7 @@ from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2F
 from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
 from llava.model.tokenizers import load_tokenizer
 from llava.reduction.plan import CONFIG_KEY, FASTV_KEY, ReductionPlan, resolve_plan
+from llava.reduction.yopo import plan_from_config
 from llava.utils import get_logger
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -206,18 +207,29 @@ def _plan(config: Any, reduction: Any, parts: Parts) -> Choice:
         setattr(config, CONFIG_KEY, ReductionPlan.parse(reduction).to_dict())
         if getattr(config, FASTV_KEY, None) is not None:
             setattr(config, FASTV_KEY, None)
+    elif getattr(config, CONFIG_KEY, None) is None:
+        advice = _plan_of_the_original(config, parts)
+        if advice is not None:
+            log.warning("%s: NO visual token is dropped. %s", parts.folders[0], advice)
+            return Choice(ReductionPlan(), f"default; {advice}")
     plan, source = resolve_plan(None, config)
     plan.validate(config.num_hidden_layers)
-    pyramid = "LlavaLlamaForCausalLM_PDrop" in (parts.config.get("architectures") or ())
-    if pyramid and source == "default":
-        log.warning(
-            "%s was trained with PyramidDrop, but its config.json names no plan: NO visual token "
-            "is dropped. The published training used %s: give these flags to drop them",
-            parts.folders[0],
-            PUBLISHED_PYRAMID,
-        )
-        source = f"default; trained by PyramidDrop with {PUBLISHED_PYRAMID}"
     return Choice(plan, "flag" if reduction is not None else source)
+
+
+def _plan_of_the_original(config: Any, parts: Parts) -> str | None:
+    """Checkpoints of PyramidDrop's and YOPO's own code do not hold a plan as this project does. Set
+    the plan where the config says all of it; else return what to tell the user."""
+    if "LlavaLlamaForCausalLM_PDrop" in (parts.config.get("architectures") or ()):
+        return (
+            "trained by PyramidDrop's code, whose config.json does not name the plan; the "
+            f"published training had {PUBLISHED_PYRAMID}"
+        )
+    try:
+        setattr(config, CONFIG_KEY, plan_from_config(parts.config, parts.folders[0]))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _image_mode(config: Any, asked: str | None) -> Choice:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AddedToken
 
 from llava.conversation import get_conversation, resolve_conv_mode
-from llava.model.assemble import Parts, assemble, check_weights
+from llava.model.assemble import ARCHITECTURES, Parts, assemble, check_weights
 from llava.model.builder import (
     FAMILIES,
     image_processor_of,
@@ -200,7 +200,10 @@ def _write_llava(
     folder: Path, parts: Parts, config: Any, tokenizer: Any, processor: Any, max_shard_size: str
 ) -> None:
     raw = config.to_dict()
-    raw["architectures"] = [_ARCHITECTURES[config.model_type]]
+    named = parts.config.get("architectures") or [None]
+    own = _ARCHITECTURES[config.model_type]
+    # PyramidDrop's class is the one sign that such a checkpoint was trained with dropping.
+    raw["architectures"] = named if ARCHITECTURES.get(named[0]) == config.model_type else [own]
     raw.pop("_name_or_path", None)
     rope = raw.get("rope_parameters") or {}
     if rope.get("rope_theta"):  # the name that older code reads

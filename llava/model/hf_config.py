@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from llava.mm_utils import parse_grid_pinpoints
 from llava.model.multimodal_encoder.builder import published_name, vision_config
 from llava.reduction.plan import FASTV_KEY
+from llava.reduction.yopo import CHECKPOINT_KEYS
 
 # model_type of a decoder -> model_type of LLaVA over it (keys of `builder.FAMILIES`).
 DECODERS = {
@@ -40,6 +41,8 @@ CARRIED = (
     "mm_use_im_patch_token",
     "tokenizer_model_max_length",
     "tokenizer_padding_side",
+    "sprompt_len",
+    *CHECKPOINT_KEYS,
 )
 
 

@@ -6,6 +6,7 @@ the published ones (tests/miniatures.py).
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from miniatures import (
@@ -18,6 +19,7 @@ from miniatures import (
     equal,
     hf_model,
     inputs,
+    load,
     old_names,
     write_base,
     write_hf,
@@ -37,6 +39,7 @@ TEMPLATES = {
     "v1.6-mistral-7b": "mistral_instruct",
     "v1.6-34b": "chatml_direct",
     "pyramiddrop": "vicuna_v1",
+    "yopo": "vicuna_v1",
 }
 
 
@@ -153,3 +156,32 @@ def test_siglip_towers(where, tmp_path):
     assert mine.tokens_per_tile == mine.num_patches == expected.shape[1]
     assert loaded.image_processor.image_mean[0] == 0.5 or where != "beside"
     assert loaded.model(**given).logits.shape[1] == 6 + expected.shape[1]
+
+
+def test_plans_of_the_originals(tmp_path):
+    """PyramidDrop's config.json does not say its plan; YOPO's names a file of its repository."""
+    write_original(tmp_path / "p", "pyramiddrop")
+    choice = load(tmp_path / "p").choices.plan
+    assert not choice.value.cuts
+    assert "--layer_list" in choice.origin
+    reference = write_original(tmp_path / "x", "yopo")
+    choice = load(tmp_path / "x").choices.plan
+    assert choice.value.program is None
+    assert "headmask_*_24.npy" in choice.origin
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:, 1:3] = True
+    (tmp_path / "x" / "headmask").mkdir()
+    numpy.save(tmp_path / "x" / "headmask" / "headmask_7b_24.npy", mask.numpy())
+    loaded = load(tmp_path / "x", dtype=None)
+    program = loaded.choices.plan.value.program
+    assert (program.layers, program.window, program.ffn, program.mode) == (2, 5, 2, "leaky")
+    with torch.no_grad():
+        got = loaded.model(**inputs(False)).logits
+        same = reference(**inputs(False), reduction=str(loaded.choices.plan.value)).logits
+        without = loaded.model(**inputs(False), reduction="none").logits
+        expected = reference(**inputs(False)).logits
+    assert torch.equal(got, same)
+    assert torch.equal(without, expected)
+    assert not torch.equal(got, expected)
+    none = load(tmp_path / "x", reduction="none").choices.plan
+    assert (none.value.program, none.origin) == (None, "flag")

@@ -106,7 +106,7 @@ def test_a_checkpoint_of_pyramiddrop_says_what_is_missing(tmp_path):
     write_original(tmp_path / "x", "pyramiddrop")
     code, checks = run(tmp_path / "x")
     assert (code, checks["plan"]["detail"][:20]) == (0, "none (from default; ")
-    assert 'PyramidDrop with --layer_list "[8,16,24]"' in checks["plan"]["detail"]
+    assert 'training had --layer_list "[8,16,24]"' in checks["plan"]["detail"]
 
 
 class Vicuna:
