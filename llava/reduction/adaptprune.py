@@ -18,10 +18,13 @@ left alone. In training PyramidDrop's scoring rows rank.
 
     llava eval digits_pope --model-path checkpoints/llava-digits \\
         --reduction "adaptprune:k=2,keep=0.1"
+
+Shape suffixes: G groups (tiles) · N tokens of the largest · E size of a key vector · S picks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -65,11 +68,11 @@ class AdaptPrune(OneCut):
             check_count("keep", self.keep)
         else:
             object.__setattr__(self, "keep", check_ratio(self.keep))
-        for name in ("sigma_c", "sigma_d", "sigma_s"):
-            value = getattr(self, name)
-            if value is not None or name != "sigma_c":
-                _check_positive(name, value)
-        _check_positive("distance", self.distance, lowest=0.0)
+        if self.sigma_c is not None:
+            _check_number("sigma_c", self.sigma_c, zero=False)
+        _check_number("sigma_d", self.sigma_d, zero=False)
+        _check_number("sigma_s", self.sigma_s, zero=False)
+        _check_number("distance", self.distance, zero=True)
         if self.key_source not in KEY_SOURCES:
             raise ValueError(
                 f"key_source {self.key_source!r} is unknown; accepted: {', '.join(KEY_SOURCES)}"
@@ -126,10 +129,11 @@ class AdaptPrune(OneCut):
         return {name: getattr(self, name) for name in names}
 
 
-def _check_positive(name: str, value: Any, lowest: float | None = None) -> None:
+def _check_number(name: str, value: Any, zero: bool) -> None:
+    """ValueError for what is no finite number above 0 (or 0, where that has a meaning)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= lowest if lowest is not None else value > 0) or value == 1e999:
-        wanted = "a number above 0" if lowest is None else f"a number from {lowest:g} on"
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        wanted = "a number from 0 on" if zero else "a number above 0"
         raise ValueError(f"{name} {value!r} is not accepted; give {wanted}")
 
 
