@@ -2,6 +2,16 @@
 #
 #   setup_env EXTRAS   a Python with everything in it; its path in $PY (EXTRAS e.g. "eval,train")
 #   run COMMAND...     runs the command from the repository root; DRY_RUN=1 prints it instead
+#   run_eval MODEL PLAN BENCHMARK [FLAGS...]
+#                      answers and scores a benchmark; MODEL and PLAN are defaults of the family
+#
+# Variables a user may set for run_eval:
+#   CKPT=...         the checkpoint (folder or hub id); MODEL_BASE=... its base, for LoRA
+#   REDUCTION=...    a plan, "none" for the baseline; or LAYER_LIST=... and RATIO_LIST=... (PyramidDrop).
+#                    Without them the checkpoint's own plan, else the family's.
+#   CONV_MODE=...    the template; without it the checkpoint's
+#   GPUS=N           processes, one a GPU (default: all visible GPUs, else one process)
+#   BATCH_SIZE=...  DATA_ROOT=...  RESULTS=...   see llava eval --help
 #
 # Variables a user may set:
 #   NO_VENV=1        use the present Python environment instead of making .venv
@@ -156,4 +166,41 @@ setup_env() {
 constraints_for_torch() {
   grep -vE '^torch==' "$ROOT/constraints.txt"
   "$PY" -c 'import torch; print("torch==" + torch.__version__)'
+}
+
+visible_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+  elif has_gpu; then
+    nvidia-smi -L | grep -c GPU
+  else
+    echo 1
+  fi
+}
+
+# launch MODULE FLAGS...: one process, or one a GPU. Under srun each task is a process already.
+launch() {
+  local processes=${GPUS:-}
+  [ -n "$processes" ] || processes=$(visible_gpus)
+  if [ -n "${SLURM_PROCID:-}" ] || [ "$processes" -le 1 ]; then
+    run "$PY" -m "$@"
+  else
+    run "$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m "$@"
+  fi
+}
+
+run_eval() {
+  local model=${CKPT:-$1} plan=$2 benchmark=$3
+  shift 3
+  PY=${PY:-${PYTHON:-python}}
+  local flags=(--model-path "$model" --default-reduction "$plan")
+  [ -n "${MODEL_BASE:-}" ] && flags+=(--model-base "$MODEL_BASE")
+  [ -n "${REDUCTION:-}" ] && flags+=(--reduction "$REDUCTION")
+  [ -n "${LAYER_LIST:-}" ] && flags+=(--layer_list "$LAYER_LIST")
+  [ -n "${RATIO_LIST:-}" ] && flags+=(--image_token_ratio_list "$RATIO_LIST")
+  [ -n "${CONV_MODE:-}" ] && flags+=(--conv-mode "$CONV_MODE")
+  [ -n "${BATCH_SIZE:-}" ] && flags+=(--batch-size "$BATCH_SIZE")
+  [ -n "${DATA_ROOT:-}" ] && flags+=(--data-root "$DATA_ROOT")
+  [ -n "${RESULTS:-}" ] && flags+=(--results "$RESULTS")
+  launch llava.eval.run "$benchmark" "${flags[@]}" "$@"
 }

@@ -214,7 +214,7 @@ def build_textvqa(folder: Path, seed: int) -> None:
     data = []
     for number, (index, question) in enumerate(_draw(builder, ("read_row",), 2, ".png")):
         question_id, image = 30_000 + number, f"{index:06d}"
-        builder.add(question_id, f"{image}.png", question)
+        builder.add(image, f"{image}.png", question)  # LLaVA's file names questions by picture
         data.append(
             {
                 "question_id": question_id,

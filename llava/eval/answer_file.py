@@ -31,7 +31,7 @@ from llava.eval.questions import (
 )
 from llava.eval.run_folder import RunFolder
 from llava.eval.throughput import format_line
-from llava.reduction.flags import plan_from_args
+from llava.reduction.flags import plan_for_model, plan_from_args
 from llava.utils import Ranks, get_logger, user_errors
 
 log = get_logger(__name__)
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer a question file (or one chunk of it) and write the answers file."""
     args = build_parser().parse_args(argv)
     # Everything that can be wrong with the input is looked at before the model is loaded.
-    plan, ranks = plan_from_args(args), Ranks.from_environment()
+    plan_from_args(args)  # a plan that cannot be read ends the run here
+    ranks = Ranks.from_environment()
     decoding = decoding_from_flags(args, args.max_new_tokens)
     questions = first(read_questions(args.question_file), args.limit)
     questions = get_chunk(questions, args.num_chunks, args.chunk_idx)
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_id=name,
         image_folder=args.image_folder,
         decoding=decoding,
-        reduction=plan,
+        reduction=plan_for_model(args, model.config),
         **answerer_options(args),
     )
     settings = {

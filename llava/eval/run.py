@@ -33,9 +33,10 @@ from llava.eval.flags import (
 )
 from llava.eval.questions import check_images_exist, file_sha256
 from llava.eval.run_folder import Record, RunFolder, config_hash
-from llava.eval.scorers import Scores
+from llava.eval.scorers import Scores, join_answers
+from llava.eval.submit import export_answers
 from llava.eval.throughput import format_line
-from llava.reduction.flags import plan_from_args
+from llava.reduction.flags import plan_for_model, plan_from_args
 from llava.utils import Ranks, environment, get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
@@ -147,8 +148,13 @@ def run_in_folder(
     if speed is None:
         return folder, None
     log.info("%s: %s", path, format_line(speed))
+    if loaded.benchmark.upload is not None and limit is None:
+        data = loaded.question_file.parent
+        given = join_answers(loaded.questions, merged.records)
+        export_answers(loaded.benchmark.upload, loaded.questions, given, data, beside=path)
     if loaded.labels is None:
-        log.info("%s: the right answers are with its server; see `llava export`", name)
+        how = "a judge (llava judge)" if loaded.benchmark.judged else "its server"
+        log.info("%s: answered; it is scored by %s", name, how)
         return folder, None
     scores = loaded.score(merged.records)
     json_dump(path / "scores.json", asdict(scores))
@@ -174,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint on the named benchmarks."""
     args = parser().parse_args(argv)
     # Everything that can be wrong with the input is looked at before the model is loaded.
-    plan, ranks = plan_from_args(args), Ranks.from_environment()
+    plan_from_args(args)  # a plan that cannot be read ends the run here
+    ranks = Ranks.from_environment()
     names = resolve_names(args.benchmarks)
     sets = [load_benchmark(name, args.data_root, args.limit) for name in names]
     own = args.max_new_tokens is None
@@ -194,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_id=name,
             image_folder=loaded.image_folder,
             decoding=decoding,
-            reduction=plan,
+            reduction=plan_for_model(args, model.config),
             **answerer_options(args),
         )
         _, row = run_in_folder(loaded, answerer, ranks, args.results, weights, args.limit)

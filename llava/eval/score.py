@@ -39,7 +39,7 @@ from llava.eval.scorers.interval import (
     difference_interval,
     paired_difference,
 )
-from llava.eval.submit import UPLOADS, write_upload
+from llava.eval.submit import export_answers
 from llava.utils import get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
@@ -267,7 +267,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         prog="llava export", description="Write a server's upload file, checked."
     )
     add_target_flags(flags)
-    flags.add_argument("--output", metavar="FILE", help="default: RUN/upload/NAME.FORM")
+    flags.add_argument("--output", metavar="FILE", help="default: in RUN/upload")
     flags.add_argument("--allow-missing", action="store_true", help="missing answers are empty")
     args = flags.parse_args(argv)
     answered = open_answers(args.target, args.benchmark, args.data_root, args.limit)
@@ -277,13 +277,11 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{benchmark.name} has no server to upload to; accepted: {able}")
     given = join_answers(questions, answered.records)
     check_complete(questions, given, args.allow_missing)
-    upload = UPLOADS[benchmark.upload]
-    content = upload.content(questions, given, answered.loaded.question_file.parent)
     if args.output is None and answered.folder is None:
         raise ValueError("say where the upload of a lone answers file goes: --output FILE")
-    path = args.output or answered.folder / "upload" / f"{benchmark.name}.{upload.form}"
-    write_upload(path, content, upload.form)
-    log.info("wrote %s: %d entries", path, len(content))
+    data = answered.loaded.question_file.parent
+    form, beside = benchmark.upload, answered.folder
+    export_answers(form, questions, given, data, args.output, beside=beside)
     return 0
 
 

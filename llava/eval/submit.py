@@ -22,7 +22,9 @@ from llava.eval.questions import Question
 from llava.eval.scorers.exact import gqa_prediction
 from llava.eval.scorers.multiple_choice import choose
 from llava.eval.scorers.vqa_accuracy import evalai_answer
-from llava.utils import atomic_write
+from llava.utils import atomic_write, get_logger
+
+log = get_logger(__name__)
 
 Given = Mapping[str, str]
 MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -196,6 +198,30 @@ UPLOADS: dict[str, Upload] = {
 
 
 # ----------------------------------------------------------------------------- files
+def export_answers(
+    form: str,
+    questions: Sequence[Question],
+    given: Given,
+    data: Path,
+    path: str | Path | None = None,
+    *,
+    beside: Path | None = None,
+) -> Path:
+    """Check and write an upload (a key of `UPLOADS`) and log where; whole or not at all.
+
+    data: folder of the question file. path: where to, or beside: a run's folder, which gets it as
+    upload/FORM.EXTENSION. Raises what `Upload.content` raises.
+    """
+    upload = UPLOADS[form]
+    content = upload.content(questions, given, data)
+    if path is None:
+        assert beside is not None
+        path = beside / "upload" / f"{form}.{upload.form}"
+    write_upload(path, content, upload.form)
+    log.info("wrote %s: %d entries", path, len(content))
+    return Path(path)
+
+
 def write_upload(path: str | Path, content: Any, form: str) -> None:
     """Write checked content; whole or not at all."""
     if form == "xlsx":

@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from llava.reduction.plan import ReductionPlan, plan_from_flags
+from llava.reduction.plan import ReductionPlan, plan_from_flags, resolve_plan
 
 
 def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,11 @@ def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help='PyramidDrop\'s kept shares of the original count: "[0.5,0.25,0.125]"',
     )
+    group.add_argument(
+        "--default-reduction",
+        metavar="PLAN",
+        help="the plan where neither a flag nor the checkpoint says one (default: none)",
+    )
 
 
 def plan_from_args(args: argparse.Namespace) -> ReductionPlan | None:
@@ -36,3 +42,17 @@ def plan_from_args(args: argparse.Namespace) -> ReductionPlan | None:
         ValueError: a plan that cannot be read, one list without the other, or both ways at once.
     """
     return plan_from_flags(args.reduction, args.layer_list, args.image_token_ratio_list)
+
+
+def plan_for_model(args: argparse.Namespace, config: Any) -> ReductionPlan | None:
+    """`plan_from_args`, or ``--default-reduction`` for a model whose config has no plan.
+
+    Raises:
+        ValueError: as `plan_from_args`.
+    """
+    plan = plan_from_args(args)
+    if plan is None and args.default_reduction is not None:
+        default = ReductionPlan.parse(args.default_reduction)
+        if resolve_plan(None, config)[1] == "default":
+            return default
+    return plan

@@ -6,14 +6,24 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llava.digits import build
+from llava.eval import run
+from llava.eval.benchmarks import resolve_names
+from llava.reduction import ReductionPlan
+from llava.reduction.flags import plan_for_model, plan_from_args
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), ROOT / ".ci" / "run"])
-IGNORED = {".git", ".venv", "results", "playground", "node_modules"}
+# Recorded files keep their official names: POPE's .json hold one object a line.
+IGNORED = {".git", ".venv", "results", "playground", "node_modules", "data"}
 
 
 def _name(path: Path) -> str:
@@ -81,7 +91,8 @@ def test_ci_runs_ruff_types_and_tests() -> None:
 
 def test_test_script_hands_its_arguments_to_pytest() -> None:
     last = _dry_run(ROOT / "scripts" / "test.sh", "tests/unit", "-k", "flops")[-1]
-    assert last[2:] == ["pytest", "tests/unit", "-k", "flops"]
+    assert last[2] == "pytest"
+    assert last[-3:] == ["tests/unit", "-k", "flops"]
 
 
 def test_set_up_touches_no_network_when_all_is_there(tmp_path: Path) -> None:
@@ -147,3 +158,85 @@ def test_flash_attn_is_in_no_extra_that_something_needs() -> None:
         assert "flash" not in path.read_text(encoding="utf-8").lower().replace(
             "flash_attention", ""
         )
+
+
+FAMILY_CHECKPOINTS = {"v1_5": "liuhaotian/llava-v1.5-7b", "v1_6": "liuhaotian/llava-v1.6-vicuna-7b"}
+MAIN = ("vqav2", "gqa", "textvqa", "pope", "mme")
+EVALUATION = sorted((ROOT / "scripts").glob("v1_*/*_eval/*.sh"))
+
+
+def test_both_families_have_the_twelve_sets() -> None:
+    for family in FAMILY_CHECKPOINTS:
+        assert len(list((ROOT / "scripts" / family / "pdrop_eval").glob("*.sh"))) == 12
+
+
+@pytest.mark.parametrize("script", EVALUATION, ids=_name)
+def test_evaluation_scripts_name_their_own_family(script: Path) -> None:
+    """Each command goes through the real parser; its checkpoint is of its folder's family, and a
+    plan given by the user replaces nothing else."""
+    for variables in ({}, {"REDUCTION": "none", "GPUS": "8", "CKPT": "mine", "BATCH_SIZE": "4"}):
+        commands = _dry_run(script, "--limit", "5", **{"GPUS": "1", **variables})
+        assert commands
+        for command in commands:
+            words = command[command.index("-m") + 1 :]
+            if words[0] == "torch.distributed.run":
+                assert words[words.index("--nproc_per_node") + 1] == "8"
+                words = words[words.index("-m") + 1 :]
+            assert words[0] == "llava.eval.run"
+            args = run.parser().parse_args(words[1:])
+            assert resolve_names(args.benchmarks)
+            assert args.limit == 5
+            expected = variables.get("CKPT", FAMILY_CHECKPOINTS[script.parts[-3]])
+            assert args.model_path == expected
+            asked = variables.get("REDUCTION")
+            assert plan_from_args(args) == (None if asked is None else ReductionPlan())
+            if asked is None:
+                assert plan_for_model(args, None).cuts
+                own = SimpleNamespace(visual_token_reduction=ReductionPlan().to_dict())
+                assert plan_for_model(args, own) is None
+
+
+@pytest.fixture(scope="module")
+def digits_as_official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits sets under the names of the benchmarks they imitate."""
+    data = tmp_path_factory.mktemp("data")
+    build.main(["--out", str(data), "--parts", "tokenizer", "eval"])
+    digits, root = data / "eval" / "digits", data / "official"
+    for name in MAIN:
+        shutil.copytree(digits / name, root / {"mme": "MME"}.get(name, name))
+    vqav2, textvqa = root / "vqav2", root / "textvqa"
+    (vqav2 / "val2014").rename(vqav2 / "test2015")
+    questions = vqav2 / "llava_vqav2_mscoco_val2014.jsonl"
+    questions.rename(vqav2 / "llava_vqav2_mscoco_test-dev2015.jsonl")
+    questions = textvqa / "llava_textvqa_val_v051.jsonl"
+    questions.rename(textvqa / "llava_textvqa_val_v051_ocr.jsonl")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAIN)
+def test_the_main_scripts_run_on_the_digits(name: str, digits_as_official: Path, tmp_path: Path):
+    """The scripts themselves, on a checkpoint whose own plan wins over the family's default."""
+    result = subprocess.run(
+        ["bash", f"scripts/v1_5/pdrop_eval/{name}.sh", "--limit", "36"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "CKPT": "checkpoints/llava-digits-pdrop",
+            "GPUS": "1",
+            "DATA_ROOT": str(digits_as_official),
+            "RESULTS": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (answers,) = tmp_path.rglob("answers.jsonl")
+    assert len(answers.read_text().splitlines()) >= 30
+    settings = json.loads((answers.parent / "run.json").read_text())
+    assert settings["plan"].startswith("pyramiddrop:layers=[2,4,5]")
+    if name != "vqav2":  # test-dev answers are with the server
+        scores = json.loads((answers.parent / "scores.json").read_text())
+        assert scores["value"] > 60
