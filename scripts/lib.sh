@@ -3,7 +3,9 @@
 #   setup_env EXTRAS   a Python with everything in it; its path in $PY (EXTRAS e.g. "eval,train")
 #   run COMMAND...     runs the command from the repository root; DRY_RUN=1 prints it instead
 #   run_eval MODEL PLAN BENCHMARK [FLAGS...]
-#                      answers and scores a benchmark; MODEL and PLAN are defaults of the family
+#                      answers and scores a benchmark (or "A B C"); MODEL and PLAN are defaults
+#   run_plans MODEL BENCHMARKS PLAN...
+#                      the same with each of several plans; FLAGS=(...) go to llava eval
 #
 # Variables a user may set for run_eval:
 #   CKPT=...         the checkpoint (folder or hub id); MODEL_BASE=... its base, for LoRA
@@ -202,5 +204,15 @@ run_eval() {
   [ -n "${BATCH_SIZE:-}" ] && flags+=(--batch-size "$BATCH_SIZE")
   [ -n "${DATA_ROOT:-}" ] && flags+=(--data-root "$DATA_ROOT")
   [ -n "${RESULTS:-}" ] && flags+=(--results "$RESULTS")
-  launch llava.eval.run "$benchmark" "${flags[@]}" "$@"
+  local names
+  read -ra names <<<"$benchmark"
+  launch llava.eval.run "${names[@]}" "${flags[@]}" "$@"
+}
+
+run_plans() {
+  local model=$1 benchmarks=$2 plan
+  shift 2
+  for plan in "$@"; do
+    REDUCTION=$plan run_eval "$model" none "$benchmarks" "${FLAGS[@]}"
+  done
 }
