@@ -58,6 +58,8 @@ SHIMS: frozenset[str] = frozenset(
         "eval.eval_textvqa",
         "eval.eval_science_qa",
         "eval.eval_gpt_review_bench",
+        "eval.eval_gpt_review_visual",
+        "eval.m4c_evaluator",
         "eval.summarize_gpt_review",
     )
 )

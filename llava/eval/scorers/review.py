@@ -42,7 +42,7 @@ def summary_lines(reviews: Sequence[Mapping[str, Any]], skip: Sequence[int] = ()
     for review in reviews:
         if review.get("question_id") in skip:
             continue
-        pair = review["tuple"] if "tuple" in review else review["score"]
+        pair = review.get("tuple") or review.get("score") or read_pair(review["content"])
         for name in dict.fromkeys([review.get("category", "all"), "all"]):
             tuples.setdefault(name, []).append(pair)
     lines = []
