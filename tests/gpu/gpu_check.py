@@ -84,7 +84,7 @@ def plan_of_work() -> list[Row]:
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/unit", "tests/parity")
     return [
         inside("environment", 60),
-        recorded("cases float32", methods, "eager,sdpa", 90),
+        recorded("cases float32", methods, "eager,sdpa", 150),
         inside("cases-half", 60),
         inside("backends", 60),
         inside("half", 60),

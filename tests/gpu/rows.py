@@ -42,7 +42,7 @@ EXACT = 1e-4
 HALF = 0.08
 """Root mean square of the difference in bfloat16, as a share of that of the logits: six layers of
 2**-8 give 0.01 to 0.03 on a CPU, a window that is off by one token more than 0.1."""
-FEW = ("none", "pyramiddrop", "fastv", "all dropped")
+FEW = ("none", "pyramiddrop", "fastv", "yopo", "all dropped")
 FLASH, VARLEN, FLEX = "flash_attention_2", varlen_attention.VARLEN, "flex_attention"
 
 
@@ -147,8 +147,8 @@ def half(device: torch.device) -> dict[str, Any]:
         small = tiny_model(family).to(device, torch.bfloat16)
         exact = tiny_model(family).to(device)
         exact.load_state_dict(small.state_dict())
-        for name in FEW:
-            call = {"reduction": PLANS[name], "return_trace": True}
+        for name, plan in PLANS.items():
+            call = {"reduction": plan, "return_trace": True}
             for backend, kind in runs:
                 with torch.no_grad():
                     expected = use(exact, "sdpa")(sequence=sequences(exact, device, "left"), **call)

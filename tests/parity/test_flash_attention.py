@@ -22,7 +22,7 @@ from tiny import FAMILIES, batch, prompts, tiny_model
 from llava.model import varlen_attention
 from llava.model.staged_decoder import Record
 
-USED = ("none", "pyramiddrop", "random then uniform", "all dropped")
+USED = ("none", "pyramiddrop", "fastv", "adaptprune", "yopo", "all dropped")
 EVERY = [(family, plan) for family in FAMILIES for plan in USED]
 FLASH = "flash_attention_2"
 
@@ -31,6 +31,12 @@ def with_backend(model: Any, name: str) -> Any:
     """Without the check for the package, which looks for a GPU."""
     model.config._attn_implementation = name
     return model
+
+
+def attended(model: Any, plan: str) -> int:
+    """Layers whose attention is the backend's; a layer program brings its own."""
+    program = PLANS[plan].program
+    return model.config.num_hidden_layers - (0 if program is None else program.first_free)
 
 
 def forward(model: Any, samples: Any, plan: str, side: str, **more: Any) -> Any:
@@ -47,7 +53,7 @@ def test_padded_batches_equal_sdpa(family, plan):
         with flash_attn_installed(torch.float32) as calls:
             found = forward(with_backend(model, FLASH), samples, plan, side, use_cache=use_cache)
         ran = "flash_attn_varlen_func" if side == "left" else "flash_attn_func"
-        assert calls == {ran: model.config.num_hidden_layers}
+        assert calls == {ran: attended(model, plan)}
         for index in range(len(samples)):
             same(found, index, expected, index)
 
@@ -61,7 +67,7 @@ def test_generation_equals_sdpa(family, plan):
         expected = with_backend(model, "sdpa").generate(**inputs, **call)
         with flash_attn_installed(torch.float32) as calls:
             found = with_backend(model, FLASH).generate(**inputs, **call)
-        assert sum(calls.values()) == 7 * model.config.num_hidden_layers
+        assert sum(calls.values()) == 7 * attended(model, plan)
         assert torch.equal(found, expected)
 
 
@@ -73,11 +79,11 @@ def test_packed_training_equals_sdpa(family, plan):
     expected = training_step(model, "right", "packed", plan)
     with flash_attn_installed(torch.float32) as calls:
         same_step(training_step(with_backend(model, FLASH), "right", "packed", plan), expected)
-    assert calls == {"flash_attn_varlen_func": model.config.num_hidden_layers}
+    assert calls == {"flash_attn_varlen_func": attended(model, plan)}
     with varlen_kernel(torch.float32) as calls:
         with_backend(model, varlen_attention.VARLEN)
         same_step(training_step(model, "right", "packed", plan), expected)
-        assert calls == {"varlen_attn": model.config.num_hidden_layers}
+        assert calls == {"varlen_attn": attended(model, plan)}
         model.gradient_checkpointing_enable({"use_reentrant": False})
         same_step(training_step(model, "right", "packed", plan), expected)
 

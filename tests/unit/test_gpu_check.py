@@ -160,7 +160,7 @@ def test_a_window_that_is_off_by_one_is_noticed(one_family, monkeypatch):
         return use(model, backend)
 
     monkeypatch.setattr(rows, "use", wrong_in_half_precision)
-    with pytest.raises(AssertionError, match=r"pyramiddrop, eager, left: off by 0\.[1-9]"):
+    with pytest.raises(AssertionError, match=r"mistral, none, eager, left: off by 0\.[1-9]"):
         rows.half(CPU)
 
 
