@@ -116,7 +116,7 @@ def hf_step(work: Workload, base: TokenSequence, checkpointing: bool) -> Region:
 
 def padded_layout(layout: Layout) -> Layout:
     """Every sample as long as the longest: what a padded step computes."""
-    return replace(layout, lengths=(layout.width,) * len(layout.lengths))
+    return replace(layout, lengths=(max(layout.lengths),) * len(layout.lengths))
 
 
 def steps(work: Workload, plan: ReductionPlan, checkpointing: bool = False) -> dict[str, Step]:

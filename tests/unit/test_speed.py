@@ -234,7 +234,13 @@ def test_a_training_step_is_compared_with_transformers_own(tmp_path, capsys):
     for name in ("padded_none", "packed_none"):
         assert losses[name] == pytest.approx(losses["hf_padded_none"], rel=1e-5)
     assert losses["packed_plan"] == pytest.approx(losses["padded_plan"], rel=1e-5)
-    assert found["ideal_hf"] > found["ideal_packed"] > 1
+    # Padding makes four samples of the longest: at most 4 x 896 tokens for 2,468 real ones, here
+    # with fewer visual tokens.
+    visual = flops.get_preset("tiny").visual
+    lengths = [visual + 60, visual + 320, visual + 150, 210]
+    padding = 4 * max(lengths) / sum(lengths)
+    assert padding < found["ideal_hf"] / found["ideal_packed"] < 2 * padding
+    assert found["ideal_packed"] > 1
     for short in ("packed", "hf"):
         share = found[f"speedup_{short}"] / found[f"ideal_{short}"]
         assert found[f"share_{short}"] == pytest.approx(share)
