@@ -45,6 +45,7 @@ from llava.prompting import (
     tokenize_prompt,
 )
 from llava.reduction import ReductionPlan
+from llava.reduction.base import check_texts
 from llava.sequence import Layout
 
 
@@ -147,8 +148,10 @@ class Preparer:
             return self._shared(batch, rows, ids, heads, images, fields)
         texts = None
         if self.plan.texts and getattr(self.tokenizer, "is_fast", False):
-            padded = pad_texts([side_texts(prompt, self.tokenizer) for prompt in prompts])
-            texts = {name: value.numpy() for name, value in padded.items()}
+            found = [side_texts(prompt, self.tokenizer) for prompt in prompts]
+            for question, own in zip(rows, found, strict=True):
+                self._check_texts(question, own)
+            texts = {name: value.numpy() for name, value in pad_texts(found).items()}
         flat = [i for shown in index for i in shown]
         padded_ids, splice = self._splice(ids, fields, flat, texts)
         return Prepared(batch, rows, splice.layout, padded_ids, images, splice, None)
@@ -226,6 +229,12 @@ class Preparer:
         # Anyres pictures go in as a list, so that equal and unequal numbers of tiles look alike.
         stacked = isinstance(pixels, Tensor) and pixels.ndim == 4
         return pixels if stacked else list(pixels)
+
+    def _check_texts(self, question: Question, texts: dict[str, list[int]]) -> None:
+        try:
+            check_texts(self.plan.texts if question.images else (), texts)
+        except ValueError as err:
+            raise ValueError(f"question {question.question_id!r} {err}") from err
 
     def _check_length(self, question: Question, ids: list[int], counts: list[int]) -> None:
         try:

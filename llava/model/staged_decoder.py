@@ -196,7 +196,7 @@ class StagedModelMixin:
                 if caller_kind == "packed":
                     raise ValueError("a packed batch cannot fill a cache; accepted: padded batches")
                 sequence = sequence.relayout("left")
-            check_texts(plan, sequence.layout)
+            check_layout_texts(plan, sequence.layout)
             sequence = with_embeds(sequence, plan)
             stages = plan.schedule(sequence.layout, len(self.layers))
         layers = range(first, len(self.layers))
@@ -629,7 +629,7 @@ def with_embeds(sequence: TokenSequence, plan: ReductionPlan) -> TokenSequence:
     return replace(sequence, extra={**sequence.extra, "embeds": sequence.hidden.detach()})
 
 
-def check_texts(plan: ReductionPlan, layout: Layout) -> None:
+def check_layout_texts(plan: ReductionPlan, layout: Layout) -> None:
     """ValueError for a sample with a picture that lacks a text its plan compares with.
 
     A training sample without a supervised token is not cut and needs none.

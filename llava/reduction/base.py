@@ -9,7 +9,7 @@ Shape suffixes: G groups that compete (pictures or samples) · N tokens of the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -187,6 +187,14 @@ class LayerCost:
     flops: int
     keys: int
     pairs: int
+
+
+def check_texts(wanted: Iterable[Signal], texts: Mapping[str, Sequence[int]]) -> None:
+    """ValueError for a sample with a picture that has none of the alternatives of a text. texts:
+    ids by name; "all", the prompt's own words, is never missing."""
+    for signal in wanted:
+        if not any(name == "all" or texts.get(name) for name in signal.alternatives):
+            raise ValueError(missing_text(signal))
 
 
 def missing_text(signal: Signal) -> str:

@@ -34,7 +34,7 @@ from llava.mm_utils import (
 )
 from llava.model.multimodal_prep import Splicer, tile_counts
 from llava.prompting import pad_texts
-from llava.reduction.base import Signal, missing_text
+from llava.reduction.base import Signal, check_texts
 from llava.train.preprocess import Encoded, LabelMode, first_turn_texts, preprocess
 from llava.utils import get_logger
 
@@ -252,9 +252,7 @@ class LazySupervisedDataset(Dataset):
         }
         if self.texts:
             sample["texts"] = encoded.texts
-            for signal in self.texts if kept else ():
-                if not any(name == "all" or encoded.texts[name] for name in signal.alternatives):
-                    raise ValueError(missing_text(signal))
+            check_texts(self.texts if kept else (), encoded.texts)
         return sample
 
     def _encode(self, index: int, record: dict[str, Any], n_images: int) -> Encoded:

@@ -35,6 +35,8 @@ RECIPES = {
     "none": PLANS["none"],
     "cuts": PLANS["cuts"],
     "cuts, packed": {**PLANS["cuts"], "packed": True},
+    # A text is looked up in the embeddings at the cut: sharded weights alone can notice.
+    "words": {"reduction": "simignore:ratio=0.75,text=question+fastv:k=2,r=0.5"},
 }
 ENGINES = {"ddp": None, "zero2": "scripts/zero2.json", "zero3": "scripts/zero3.json"}
 
@@ -120,12 +122,13 @@ def two_ranks(commands: list[list[str]], folder: Path) -> None:
 def test_ranks_learn_what_one_process_learns(runs, tmp_path, engine):
     if ENGINES[engine]:
         need_deepspeed()
+    chosen = {name: RECIPES[name] for name in RECIPES if name != "words" or engine == "zero3"}
     commands = [
         command(**recipe(runs, flags), output_dir=tmp_path / name, deepspeed=ENGINES[engine])
-        for name, flags in RECIPES.items()
+        for name, flags in chosen.items()
     ]
     two_ranks(commands, tmp_path)
-    for name in RECIPES:
+    for name in chosen:
         single = runs / "single" / name
         assert losses(tmp_path / name) == pytest.approx(losses(single), abs=1e-5)
         found = load_file(tmp_path / name / "model.safetensors")
