@@ -21,8 +21,10 @@ from llava.utils import environment, get_logger, json_dump, set_seed, user_error
 log = get_logger(__name__)
 
 CHECKPOINTS = ("checkpoints/llava-digits", "checkpoints/llava-digits-pdrop")
-MINUTES = 2.5
-"""Time for answering questions; everything else takes one to two further minutes."""
+MINUTES = 4.4
+"""Time for everything: questions are asked in what loading, times and the bench have left of it."""
+LEAST = 0.75
+"""... but for so many minutes at least."""
 EFFICIENCY = 0.75
 """What several processes answer, as a share of so many times what one does."""
 
@@ -77,7 +79,7 @@ def build_data(data: Path) -> dict[str, Any]:
     return {f"digits_{name}": facts for name, facts in index.items()}
 
 
-def choose_limit(rate: float, answers: int, minutes: float = MINUTES) -> int:
+def choose_limit(rate: float, answers: int, minutes: float) -> int:
     """Questions a set so that `answers` of each take `minutes`: a multiple of 18, at least 36.
 
     18 is what POPE asks about one picture.
@@ -105,7 +107,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     log.info("times of %d plans at batch 32, one thread", len(plans) - 1)
     times = [measure.times(one, sets[0], plans, repeats=args.repeats) for one in loaded]
     bench = None if args.no_bench else run_bench(args.repeats)
-    limit = None if args.full else args.limit or guess_limit(loaded[0], sets, plans, args)
+    left = max(LEAST, MINUTES - (time.perf_counter() - start) / 60)
+    limit = None if args.full else args.limit or guess_limit(loaded[0], sets, plans, args, left)
     sets = [load_benchmark(one.benchmark.name, root, limit) for one in sets]
     log.info(
         "questions: %s", " ".join(f"{one.benchmark.name} {len(one.questions)}" for one in sets)
@@ -147,14 +150,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def guess_limit(
-    checkpoint: Any, sets: Sequence[Any], plans: Sequence[Any], args: argparse.Namespace
+    checkpoint: Any,
+    sets: Sequence[Any],
+    plans: Sequence[Any],
+    args: argparse.Namespace,
+    minutes: float,
 ) -> int:
     """How many questions of each set this machine answers in time."""
     from llava.eval import quickstart as measure
 
-    rate = measure.questions_per_second(checkpoint, sets[0], args.batch_size)
+    usual = next(setting for setting in plans if setting.budget == 0.5)
+    rate = measure.questions_per_second(checkpoint, sets, usual, args.batch_size)
     rate *= args.workers * (EFFICIENCY if args.workers > 1 else 1.0)
-    return choose_limit(rate, len(args.checkpoints) * len(plans) * len(sets))
+    return choose_limit(rate, len(args.checkpoints) * len(plans) * len(sets), minutes)
 
 
 def run_bench(repeats: int) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from llava.drawing import colour
 from llava.eval.pages import section, table, unique
 
 Comparison = Mapping[str, Any]
+UNTRAINED = (
+    '<p class="note">yopo is made to be trained with. On these models, which were not, only its '
+    "last visual layer is set; it uses less than its budget where no layer fits better.</p>"
+)
 
 
 def outcome(found: Comparison) -> str:
@@ -75,6 +79,7 @@ def controls_section(comparisons: Sequence[Comparison]) -> str:
     """A table of all differences and the same in words, losers first."""
     if not comparisons:
         return ""
+    note = UNTRAINED if any(each["method"] == "yopo" for each in comparisons) else ""
     words = "".join(f"<li>{escape(each)}</li>" for each in sentences(comparisons))
     tables = "".join(
         f"<h3>{escape(checkpoint)}</h3>"
@@ -88,7 +93,7 @@ def controls_section(comparisons: Sequence[Comparison]) -> str:
         "a 95 % interval that resamples pictures; p is McNemar's exact test, which takes "
         "questions for independent. Nothing is corrected for the number of comparisons: of twenty "
         "equal methods one would look different by chance.",
-        f"<ul>{words}</ul>{tables}",
+        f"<ul>{words}</ul>{tables}{note}",
     )
 
 

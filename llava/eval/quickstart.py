@@ -216,15 +216,17 @@ def run(
         )
 
 
-def questions_per_second(checkpoint: Checkpoint, loaded: LoadedBenchmark, batch_size: int) -> float:
-    """How fast one thread answers, from two batches without a plan (the first warms up)."""
-    batches = loaded.questions[:batch_size], loaded.questions[batch_size : 2 * batch_size]
-    rate = 0.0
-    for questions in filter(None, batches):
-        start = time.perf_counter()
-        run(checkpoint, replace(loaded, questions=questions), Setting("none", ReductionPlan()))
-        rate = len(questions) / (time.perf_counter() - start)
-    return rate
+def questions_per_second(
+    checkpoint: Checkpoint, sets: Sequence[LoadedBenchmark], setting: Setting, batch_size: int
+) -> float:
+    """How fast one thread answers with a plan: a batch of each set, after one that warms up."""
+    batches = [replace(loaded, questions=loaded.questions[:batch_size]) for loaded in sets]
+    run(checkpoint, batches[0], setting, batch_size)
+    start = time.perf_counter()
+    for batch in batches:
+        run(checkpoint, batch, setting, batch_size)
+    seconds = time.perf_counter() - start
+    return sum(len(batch.questions) for batch in batches) / seconds
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,17 @@ def test_workload_of_real_questions_is_padded_left(folders: tuple[Path, Path, Pa
     assert torch.is_tensor(work.images[0])
 
 
+def test_speed_counts_every_set_once(folders: tuple[Path, Path, Path], monkeypatch) -> None:
+    plain, _, data = folders
+    checkpoint, asked = measure.Checkpoint.load(plain), []
+    sets = [load_benchmark(name, data / "eval") for name in ("digits_gqa", "digits_mme")]
+    ticks = iter([10.0, 14.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(measure, "run", lambda c, loaded, *_: asked.append(len(loaded.questions)))
+    assert measure.questions_per_second(checkpoint, sets, SETTINGS[0], 20) == 40 / 4
+    assert asked == [20, 20, 20]
+
+
 @pytest.mark.parametrize(
     ("rate", "answers", "expected"), [(100.0, 110, 162), (1.0, 110, 36), (1000.0, 110, 1620)]
 )
