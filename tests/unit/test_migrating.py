@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 from conftest import ROOT
 
 from llava import cli
+from llava.eval import data
 from llava.reduction import ReductionPlan
 
 PAGE = (ROOT / "docs" / "Migrating.md").read_text(encoding="utf-8")
@@ -64,13 +66,9 @@ def why_not_words(words: list[str], env: dict[str, str]) -> str | None:
     if first == "pip":
         return pip(words)
     if first == "llava":
-        if words[1] not in cli.COMMANDS:
-            return f"no command llava {words[1]}"
-        module, function = cli.COMMANDS[words[1]].target.split(":")
-        assert function == "main"
-        return parse(module, words[2:])
+        return llava_command(words[1:])
     if first == "bash":
-        return script(words, env)
+        return bash_script(words, env)
     if first in LAUNCHERS:
         place = next(i for i, word in enumerate(words) if word.endswith(".py"))
         return why_not_words(["python", *words[place:]], env)
@@ -81,6 +79,11 @@ def why_not_words(words: list[str], env: dict[str, str]) -> str | None:
         return parse(words[2], words[3:])
     if not (ROOT / words[1]).is_file():
         return f"no file {words[1]}"
+    if words[1].startswith("scripts/"):
+        spec = importlib.util.spec_from_file_location("script", ROOT / words[1])
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        return run_to_the_parser(script.main, words[2:])
     return parse(words[1].removesuffix(".py").replace("/", "."), words[2:])
 
 
@@ -92,7 +95,17 @@ def pip(words: list[str]) -> str | None:
     return f"no extra {unknown}" if unknown else None
 
 
-def script(words: list[str], env: dict[str, str]) -> str | None:
+def llava_command(words: list[str]) -> str | None:
+    if words[0] not in cli.COMMANDS:
+        return f"no command llava {words[0]}"
+    if words[0] == "data":  # its own commands have parsers of their own
+        return parse(data.COMMANDS[words[1]][0], words[2:])
+    module, function = cli.COMMANDS[words[0]].target.split(":")
+    assert function == "main"
+    return parse(module, words[1:])
+
+
+def bash_script(words: list[str], env: dict[str, str]) -> str | None:
     """A dry run prints the commands; all of them must parse."""
     if not (ROOT / words[1]).is_file():
         return f"no script {words[1]}"
@@ -122,17 +135,27 @@ def parse(module: str, words: list[str]) -> str | None:
     if module.startswith("llava.train."):
         module = "llava.train.arguments"
     found: Any = importlib.import_module(module)
+    training = module == "llava.train.arguments"
+    return run_to_the_parser(found.parse_args if training else found.main, words)
+
+
+def run_to_the_parser(function: Any, words: list[str]) -> str | None:
     said = io.StringIO()
+    arguments = [words] if inspect.signature(function).parameters else []
     try:
-        with contextlib.redirect_stderr(said), stop_behind_the_parser():
-            (found.parse_args if module == "llava.train.arguments" else found.main)(words)
+        with (
+            contextlib.redirect_stderr(said),
+            mock.patch.object(sys, "argv", ["command", *words]),
+            stop_behind_the_parser(),
+        ):
+            function(*arguments)
     except SystemExit:
         return said.getvalue().strip().splitlines()[-1]
     except ValueError as error:
         return str(error)
     except Parsed as parsed:
         return wrong_plans(getattr(parsed.args[0], "reduction", None))
-    assert module == "llava.train.arguments", f"{module} ran without parsing"
+    assert function.__name__ == "parse_args", f"{function} ran without parsing"
     return None
 
 
