@@ -137,6 +137,9 @@ def load_checkpoint(
     parts = assemble(folder, base, vision_tower, wanted)
     config = read_config(parts)
     dtype_choice = _settle_dtype(dtype, wanted, parts, place)
+    if quantised is not None:
+        note = f"the decoder's weights in {4 if load_4bit else 8} bits"
+        dtype_choice = Choice(dtype_choice.value, f"{dtype_choice.origin}; {note}")
     choices = Choices(
         weights=parts.origin,
         tower=parts.tower,

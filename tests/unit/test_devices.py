@@ -7,6 +7,8 @@ layer fails here.
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
 import pytest
@@ -114,3 +116,41 @@ def test_a_second_device_behind_a_boundary(plan, boundary, tmp_path):
         if all(stage.start <= boundary for stage in out.past_key_values.stages):
             step = model(torch.tensor([[5], [6]]), past_key_values=out.past_key_values)
             assert step.logits.device.type == "meta"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights(bits, tmp_path):
+    """bitsandbytes on the CPU: the decoder's linear layers alone, and the numbers of its own
+    quantiser."""
+    bnb = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    reference = write_original(tmp_path / "x", "v1.5-7b", **sizes)
+    loaded = load(tmp_path / "x", dtype=None, **{f"load_{bits}bit": True})
+    assert f"in {bits} bits" in loaded.choices.dtype.origin
+    small = {torch.uint8, torch.int8}
+    quantised = {n for n, p in loaded.model.named_parameters() if p.dtype in small}
+    inside = re.compile(r"model\.layers\.\d\.(self_attn|mlp)\.\w+_proj\.weight")
+    assert len(quantised) == 4 * 7
+    assert all(inside.fullmatch(name) for name in quantised)
+    for name, parameter in reference.named_parameters():
+        if name in quantised and bits == 4:
+            packed, state = bnb.functional.quantize_4bit(
+                parameter.data, quant_type="nf4", compress_statistics=True
+            )
+            parameter.data = bnb.functional.dequantize_4bit(packed, state)
+    given = {**inputs(), "images": torch.randn(1, 3, 56, 56)}
+    with torch.no_grad():
+        got = loaded.model(**given, reduction="none").logits[0]
+        expected = reference(**given, reduction="none").logits[0]
+    # The kernels round their inputs (bfloat16, 8 bits): near, not equal.
+    assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.99
+    tokens = loaded.model.generate(**given, max_new_tokens=3, reduction=PLANS["pyramiddrop"])
+    assert tokens.shape == (2, 3)
+
+
+def test_bitsandbytes_that_is_not_there(tmp_path, monkeypatch):
+    write_original(tmp_path / "x", "v1.5-7b")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"load_4bit needs bitsandbytes: pip install"):
+        load(tmp_path / "x", load_4bit=True)
