@@ -341,12 +341,23 @@ def _load(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
     )
     gaps = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
     assert not gaps, f"checked before, and yet {gaps}"
+    _leave_files(model, parts.weights)
     if temporary is not None:
         weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
     settings = parts.folders[0] / "generation_config.json"
     if settings.is_file():
         model.generation_config = _generation_config(settings)
     return model
+
+
+def _leave_files(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Copy what still lies in mapped files (CPU, the file's dtype) and forget the rest, so that the
+    files can be overwritten, by `save_pretrained` for one, while the model lives."""
+    mapped = {value.data_ptr() for value in weights.values()}
+    weights.clear()
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() in mapped:
+            parameter.data = parameter.data.clone()
 
 
 def _generation_config(file: Path) -> GenerationConfig:

@@ -108,13 +108,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises ValueError with the names of missing shards.
     """
     for single in SINGLE_FILES:
+        if (folder / single).is_file():  # in front of an older index, as in transformers
+            return (folder / single,)
         index = folder / f"{single}.index.json"
         if index.is_file():
             names = sorted(set(_weight_map(index).values()))
             _all_there(folder, names, f"listed in {index.name}")
             return tuple(folder / name for name in names)
-        if (folder / single).is_file():
-            return (folder / single,)
         shards = _numbered_shards(folder, single)
         if shards:
             _all_there(folder, shards, "of its numbered shards")

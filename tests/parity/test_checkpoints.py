@@ -185,3 +185,23 @@ def test_plans_of_the_originals(tmp_path):
     assert not torch.equal(got, expected)
     none = load(tmp_path / "x", reduction="none").choices.plan
     assert (none.value.program, none.origin) == (None, "flag")
+
+
+def test_a_loaded_model_does_not_depend_on_its_files(tmp_path):
+    """Weights are mapped from the files while they are read, and no longer: saving into the same
+    folder, or overwriting a file in place, leaves the model as it is."""
+    write_original(tmp_path / "x", "v1.6-vicuna-7b")
+    model = load(tmp_path / "x").model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for file in (tmp_path / "x").glob("*.safetensors"):
+        with file.open("r+b") as handle:
+            handle.write(bytes(file.stat().st_size))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    model.save_pretrained(tmp_path / "x")
+    for file in (tmp_path / "x").glob("model-*"):
+        file.unlink()
+    again = load(tmp_path / "x")
+    assert again.unused == ()
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -66,3 +66,26 @@ def test_the_rows_of_the_readme_are_rows_of_the_comparison():
     shown = re.findall(r"^\| ([^|]+?) \|", section.split("\n## ")[0], flags=re.MULTILINE)
     assert len(shown) == 6
     assert set(shown) <= {row[0] for row in rows}
+
+
+def test_the_checkpoints_page_has_the_tables_of_the_code():
+    from llava.conversation import _CONFIG_TABLE
+    from llava.eval.published import PUBLISHED
+    from llava.model.builder import PUBLISHED_PYRAMID
+    from llava.model.key_maps import PREFIXES
+
+    page = (ROOT / "docs" / "Checkpoints.md").read_text()
+    columns = ("VQAv2", "GQA", "VizWiz", "SQA", "TextVQA", "POPE", "MME", "MMB", "MMB-CN")
+    for entry in PUBLISHED:
+        row = next(line for line in page.splitlines() if line.startswith(f"| {entry.name} |"))
+        shown = [float(cell) for cell in row.split("|")[2 : 2 + len(columns)]]
+        assert shown == [entry.scores[column] for column in columns], entry.name
+    for _, least, mode in _CONFIG_TABLE:
+        assert f"| `{mode}` |" in page
+        assert not least or f"from {least}" in page
+    assert PUBLISHED_PYRAMID in page
+    for pairs in PREFIXES.values():
+        for ours, theirs in pairs:
+            for prefix in (ours, theirs):
+                stem = prefix.removesuffix("vision_model.").removesuffix("2.")
+                assert f"`{stem}" in page or "linear_" in stem, prefix
