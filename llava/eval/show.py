@@ -47,7 +47,7 @@ from llava.eval.pages import (
     two,
 )
 from llava.loading_flags import add_loading_flags, loading_options
-from llava.reduction import ReductionPlan
+from llava.reduction import CONFIG_KEY, ReductionPlan, plan_from_flags
 from llava.reduction.budget import tera
 from llava.utils import atomic_write, get_logger, json_dump, user_errors
 
@@ -289,19 +289,29 @@ def build_parser() -> argparse.ArgumentParser:
     add_loading_flags(parser)
     parser.add_argument("--image", nargs="+", required=True, help="one picture or several")
     parser.add_argument("--question", required=True)
-    parser.add_argument(
-        "--reduction", action="append", metavar="PLAN",
-        help="a plan; again for more (default: the checkpoint's own). None is always shown.",
-    )  # fmt: skip
+    plans = parser.add_argument_group("plans (no dropping is always shown)")
+    plans.add_argument(
+        "--reduction",
+        action="append",
+        metavar="PLAN",
+        help="a plan; again for more (default: the checkpoint's own)",
+    )
+    plans.add_argument(
+        "--layer_list", metavar="LIST", help="PyramidDrop's layers, as one more plan"
+    )
+    plans.add_argument("--image_token_ratio_list", metavar="LIST", help="its kept shares")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--out", default="show.html", help="NAME.html, or a folder for PNGs")
     parser.add_argument("--json", metavar="FILE", help="write what was drawn there too")
     return parser
 
 
-def plans_of(texts: Sequence[str] | None, stored: Any) -> list[ReductionPlan]:
-    """No dropping and each plan asked for, each once."""
-    asked = [ReductionPlan.parse(text) for text in texts or [stored]]
+def plans_of(args: argparse.Namespace, stored: Any = None) -> list[ReductionPlan]:
+    """No dropping and each plan that the flags ask for, else the checkpoint's; each once."""
+    asked = [ReductionPlan.parse(text) for text in args.reduction or ()]
+    pyramid = plan_from_flags(None, args.layer_list, args.image_token_ratio_list)
+    asked += [] if pyramid is None else [pyramid]
+    asked = asked or [ReductionPlan.parse(stored)]
     return list({str(plan): plan for plan in [ReductionPlan(), *asked]}.values())
 
 
@@ -311,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}; accepted: 1 or more")
-    plans_of(args.reduction, None)
+    plans_of(args)  # a plan that cannot be read is said before anything is loaded
     from llava.mm_utils import load_image
     from llava.model.builder import load_pretrained_model
     from llava.model.tracing import look
@@ -321,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer, model, processor, _ = load_pretrained_model(
         args.model_path, args.model_base, **loading_options(args)
     )
-    plans = plans_of(args.reduction, getattr(model.config, "visual_token_reduction", None))
+    plans = plans_of(args, getattr(model.config, CONFIG_KEY, None))
     scene = look(
         tokenizer, model, processor, args.question, pictures, plans, conv_mode=args.conv_mode,
         max_new_tokens=args.max_new_tokens,

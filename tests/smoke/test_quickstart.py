@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -32,9 +33,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 
 def test_from_data_to_page(
-    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain, trained, data = folders
+    one_budget = functools.partial(measure.settings, budgets=(0.5,))
+    monkeypatch.setattr(measure, "settings", one_budget)
     words = ["--checkpoints", str(plain), str(trained), "--data", str(data)]
     words += ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "copy.json")]
     quickstart.main([*words, "--limit", "4", "--repeats", "1", "--no-bench", "--workers", "1"])

@@ -148,7 +148,8 @@ def test_command_writes_page_pictures_and_json(
     scene = json.loads((tmp_path / "s.json").read_text())
     assert [run["plan"] for run in scene["runs"]] == PLANS[:2]
     assert PLANS[1] in (tmp_path / "page.html").read_text()
-    show.main([*words, "--out", str(tmp_path / "png"), "--reduction", PLANS[2]])
+    lists = ["--layer_list", "[1,3]", "--image_token_ratio_list", "[0.5,0.25]"]  # PLANS[2]
+    show.main([*words, "--out", str(tmp_path / "png"), *lists])
     names = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert names == ["0-none.png", "1-uniform.png", "2-pyramiddrop.png", "overview.png"]
     whole, one = (Image.open(tmp_path / "png" / name) for name in ("overview.png", names[1]))
@@ -169,6 +170,7 @@ def test_plans_of_one_method_are_told_apart() -> None:
     [
         (["--reduction", "nosuch:k=1"], "nosuch"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--layer_list", "[1]"], "give both"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--reduction", "uniform:layers=[9],ratios=[0.5]"], "layer 9"),
     ],
