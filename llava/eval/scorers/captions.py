@@ -22,7 +22,7 @@ import numpy as np
 
 from llava.eval.questions import Question
 from llava.eval.scorers.base import Item, Metric, Scorer, base_item, mean_metric
-from llava.eval.scorers.ptb import tokenise
+from llava.eval.scorers.ptb import tokenise_all
 
 ORDERS = 4
 SIGMA = 6.0
@@ -162,12 +162,14 @@ def _items(
     dialect: str,
 ) -> list[Item]:
     """labels: the reference captions of each picture."""
-    references = [[tokenise(text) for text in labels[question.uid]] for question in questions]
+    sizes = [len(labels[question.uid]) for question in questions]
+    tokenised = iter(tokenise_all([text for q in questions for text in labels[q.uid]]))
+    references = [[next(tokenised) for _ in range(size)] for size in sizes]
+    captions = tokenise_all([given.get(question.uid) or "" for question in questions])
     cider = Cider(references)
     items = []
-    for place, question in enumerate(questions):
+    for place, (question, caption) in enumerate(zip(questions, captions, strict=True)):
         said = given.get(question.uid)
-        caption = tokenise(said or "")
         items.append(
             base_item(question, said)
             | {

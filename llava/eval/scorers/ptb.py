@@ -13,7 +13,7 @@ look-ups.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 DROPPED = frozenset(
@@ -44,6 +44,14 @@ CAPITALISED = _words("""
 """The same, with a capital only."""
 NUMBERED = _words("no nos fig figs art op pp prop ph")
 """The same, before a number only."""
+STARTERS = _words(
+    """
+    A About According Additionally After An As At But Earlier He Her Here However If In It Last
+    Many More Now Once One Other Our She Since So Some Such That The Their Then There These They
+    This We What When While Yet You
+    """
+)
+"""In front of these a single letter with a period ends a sentence."""
 EXTENSIONS = _words(
     "bat bmp c cgi class cpp dll doc docx exe gif gz h htm html jar java jpeg jpg mov mp3 pdf php "
     "pl png ppt ps py sql tar txt wav x xml zip"
@@ -54,6 +62,7 @@ WITH_APOSTROPHE = _words(
 )
 
 _SPACES = re.compile(r"[ \t\r\n\f\v\u0085\u1680\u2000-\u200a\u2028\u2029\u3000]+")
+_INITIAL = re.compile(r"[a-z]\.")
 _GLUE = "\u00a0"
 _JOINED = (  # the only tokens with a space in them; they keep it as a no-break space
     (re.compile(r"(?<!\S)(\(\d{3}\)) (?=\d{3}-\d{4}(?!\w))"), rf"\1{_GLUE}"),
@@ -196,23 +205,35 @@ def _tokens(chunk: str) -> tuple[str, ...]:
     return tuple(token.lower() for token in found)
 
 
-def tokens(text: str) -> list[str]:
-    """All tokens of a text, punctuation too."""
+def tokens(text: str, next_text: str = "") -> list[str]:
+    """All tokens of a text, punctuation too; next_text: what stands on the next line."""
     text = text.replace("\u00ad", "")
     for pattern, glued in _JOINED:
         text = pattern.sub(glued, text)
     chunks = [chunk for chunk in _SPACES.split(text) if chunk]
+    next_word = next_text if not next_text else _SPACES.split(next_text)[0]
     found: list[str] = []
     for place, chunk in enumerate(chunks):
-        behind = chunks[place + 1] if place + 1 < len(chunks) else ""
+        behind = chunks[place + 1] if place + 1 < len(chunks) else next_word
         # Only "No. 5" looks at what follows the space.
         if chunk[-1] == "." and behind[:1].isdigit():
             found += _tokens(f"{chunk} 0")[:-1]
         else:
             found += _tokens(chunk)
+        # "J. Smith" is a name, "plan B. The cat" the end of a sentence.
+        if behind in STARTERS and found and _INITIAL.fullmatch(found[-1]):
+            found[-1:] = [found[-1][0], "."]
     return found
 
 
-def tokenise(text: str) -> str:
-    """A caption as the scores see it: tokens joined by spaces, punctuation dropped."""
-    return " ".join(token for token in tokens(text) if token not in DROPPED)
+def tokenise(text: str, next_text: str = "") -> str:
+    """A caption as the scores see it: tokens joined by spaces, punctuation dropped.
+
+    next_text: the caption behind it, which the program is given on the next line.
+    """
+    return " ".join(token for token in tokens(text, next_text) if token not in DROPPED)
+
+
+def tokenise_all(texts: Sequence[str]) -> list[str]:
+    """Captions as pycocoevalcap hands them over, all at once."""
+    return [tokenise(*pair) for pair in zip(texts, [*texts[1:], ""], strict=True)]
