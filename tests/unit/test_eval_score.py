@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import DATA
+from conftest import DATA, ROOT
 
 from llava.cli import main as llava
 from llava.eval.benchmarks import BENCHMARKS, get_benchmark, load_benchmark
@@ -191,6 +191,25 @@ def test_the_table_fits_together():
         assert benchmark.upload is None or benchmark.upload in UPLOADS
         assert benchmark.reader or benchmark.upload, f"{benchmark.name} is neither scored nor sent"
         assert "\n" not in benchmark.suffix.lstrip("\n") or benchmark.folder == "vizwiz"
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    rows = {}
+    for line in (ROOT / "docs" / "Evaluation.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 10 and cells[0].strip("`") in BENCHMARKS:
+            rows[cells[0].strip("`")] = cells
+    assert set(rows) == {name for name in BENCHMARKS if not name.startswith("digits_")}
+    for name, cells in rows.items():
+        row = BENCHMARKS[name]
+        others = [d for d in SCORERS[row.scorer].dialects if d != row.dialect]
+        assert cells[1:3] == [f"`{row.folder}/`", f"`{row.questions}`"], name
+        assert cells[6:] == [
+            str(row.max_new_tokens),
+            row.scorer,
+            " ".join([f"**{row.dialect}**", *others]),
+            row.upload or "-",
+        ], name
 
 
 def test_a_folder_may_differ_in_capitals_and_lie_elsewhere(tmp_path):
