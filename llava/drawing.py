@@ -275,14 +275,31 @@ def stage_figures(
         below = score_maps(stage["cut"], every, images) if scores else ""
         words = caption(stage) if scores else caption(stage, "")
         figures.append(
-            f"<figure>{side_by_side(maps)}<figcaption>{words}</figcaption>{below}</figure>"
+            f"<figure>{side_by_side(maps, every)}<figcaption>{words}</figcaption>{below}</figure>"
         )
     return "".join(figures)
 
 
-def side_by_side(maps: Sequence[str]) -> str:
-    """The fields of one stage."""
-    return '<div class="fields">' + "".join(f"<div>{each}</div>" for each in maps) + "</div>"
+def stages(scene: Scene, run: Mapping[str, Any], **options: Any) -> str:
+    """`stage_figures` in their box. ``--share`` tells its style how wide a stage is, in pictures as
+    wide as high."""
+    share = sum(aspect(grid) for grid in grids(scene))
+    figures = stage_figures(scene, run, **options)
+    return f'<div class="stages" style="--share:{share:.3g}">{figures}</div>'
+
+
+def aspect(grid: Grid) -> float:
+    """Width over height as drawn."""
+    return (grid.columns + 0.5 * (grid.newlines > 0)) / grid.rows
+
+
+def side_by_side(maps: Sequence[str], every: Sequence[Grid]) -> str:
+    """The fields of one stage, equally high."""
+    boxes = (
+        f'<div style="flex:{aspect(grid):.3g} 1 0">{each}</div>'
+        for each, grid in zip(maps, every, strict=True)
+    )
+    return f'<div class="fields">{"".join(boxes)}</div>'
 
 
 def score_maps(cut: Mapping[str, Any] | None, every: Sequence[Grid], images: Sequence[str]) -> str:
@@ -294,4 +311,4 @@ def score_maps(cut: Mapping[str, Any] | None, every: Sequence[Grid], images: Seq
         for image, grid, scores in zip(images, every, cut["scores"], strict=True)
     ]
     words = f"scores in front of layer {cut['at']}"
-    return f'<div class="map">{side_by_side(maps)}<figcaption>{words}</figcaption></div>'
+    return f'<div class="map">{side_by_side(maps, every)}<figcaption>{words}</figcaption></div>'

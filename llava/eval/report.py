@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llava.drawing import colour, defs, stage_figures
+from llava.drawing import colour, defs, stages
 from llava.eval import charts
 from llava.eval.controls import controls_section, sentences
 from llava.eval.pages import document, dot, facts_list, method_of, section, table, two, unique
@@ -430,12 +430,12 @@ def examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
     found = []
     for number, example in enumerate(examples):
         prefix, run = f"example{number}-", example["runs"][0]
-        figures = stage_figures(example, run, prefix=prefix, scores=False)
+        drawn = stages(example, run, prefix=prefix, scores=False)
         found.append(
             f'<div class="example"><h3>“{escape(example["question"])}”</h3>'
             f'<p class="note">{verdict(run["answer"], example)} · '
             f"{escape(example['checkpoint'])}, {escape(example['plan_label'])}</p>"
-            f'{defs(example, prefix)}<div class="stages">{figures}</div></div>'
+            f"{defs(example, prefix)}{drawn}</div>"
         )
     return section(
         "Which tokens survive",
@@ -459,11 +459,11 @@ def side_by_side_section(example: Mapping[str, Any] | None) -> str:
     for run in example["runs"]:
         if not run["cuts"]:
             continue
-        figures = stage_figures(example, run, prefix="every-", scores=False)
+        drawn = stages(example, run, prefix="every-", scores=False)
         found.append(
             f'<div class="example"><h3>{dot(run["plan"])}{escape(method_of(run["plan"]))}</h3>'
             f'<p class="note">{verdict(run["answer"], example)}</p>'
-            f'<div class="stages">{figures}</div></div>'
+            f"{drawn}</div>"
         )
     return section(
         f"One question, every method: “{example['question']}”",

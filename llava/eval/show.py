@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -28,12 +29,13 @@ from llava.drawing import (
     CELL,
     Grid,
     Scene,
+    aspect,
     caption,
     colour,
     defs,
     grids,
     run_stages,
-    stage_figures,
+    stages,
     survivors,
 )
 from llava.eval import charts
@@ -69,10 +71,11 @@ SHOW_STYLE = """
 .run { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: baseline; margin-bottom: 2px; }
 .run span { font-size: 17px; }
 h2 i.dot { width: 13px; height: 13px; }
-.stages { grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px 20px; }
-@media (max-width: 560px) { .stages { grid-template-columns: 1fr 1fr; gap: 12px; } }
+.stages { --unit: 210px; gap: 16px 20px; grid-template-columns:
+  repeat(auto-fill, minmax(min(100%, calc(var(--share) * var(--unit))), 1fr)); }
+@media (max-width: 560px) { .stages { --unit: 140px; gap: 12px; } }
 .pictures { display: flex; flex-wrap: wrap; gap: 16px; }
-.pictures figure { margin: 0; flex: 0 1 260px; }
+.pictures figure { margin: 0; }
 """
 
 
@@ -102,7 +105,8 @@ def pictures_section(scene: Scene) -> str:
         words += f" and {grid.newlines} newlines" if grid.newlines else ""
         drawn = survivors(f"#field{number}", grid, [*grid.cells(), *grid.newline_cells], CELL)
         figures.append(
-            f"<figure>{drawn}<figcaption>picture {field['picture'] + 1}: {words}, {count} "
+            f'<figure style="flex:0 1 {220 * aspect(grid):.0f}px">{drawn}<figcaption>'
+            f"picture {field['picture'] + 1}: {words}, {count} "
             "visual tokens</figcaption></figure>"
         )
     return section(
@@ -117,7 +121,7 @@ def summary_section(scene: Scene) -> str:
     for run, label in zip(runs, labels, strict=True):
         share = run["full_tflops"] / runs[0]["full_tflops"]
         cells = [
-            dot(run["plan"]) + escape(label), escape(run["answer"]) or "<small>(nothing)</small>",
+            dot(run["plan"]) + escape(label), shortened(run["answer"]),
             f"{run['average_tokens']:.1f}", str(run["visual_per_layer"][-1]),
             tera(run["visual_tmacs"]), tera(run["full_tflops"]), f"{share:.0%}",
         ]  # fmt: skip
@@ -144,6 +148,12 @@ def summary_section(scene: Scene) -> str:
     )
 
 
+def shortened(answer: str) -> str:
+    """An answer for a table cell; all of it shows on hovering."""
+    words = textwrap.shorten(answer, 48, placeholder=" …")
+    return f'<span title="{escape(answer)}">{escape(words) or "<small>(nothing)</small>"}</span>'
+
+
 def run_sections(scene: Scene) -> list[str]:
     """One box a plan that cuts: a figure a stage, with the scores that made the next one."""
     scale = (
@@ -156,7 +166,7 @@ def run_sections(scene: Scene) -> list[str]:
             f'<section><div class="run"><h2>{dot(run["plan"])}{escape(label)}</h2>'
             f"<span>answers “{escape(run['answer'])}”</span></div>"
             f"<p><code>{escape(run['plan'])}</code></p>"
-            f'<div class="stages">{stage_figures(scene, run)}</div></section>'
+            f"{stages(scene, run)}</section>"
             for run, label in zip(scene["runs"], names(scene), strict=True)
             if run["cuts"]
         ),

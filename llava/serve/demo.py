@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.drawing import colour, stage_figures
+from llava.drawing import colour, stages
 from llava.loading_flags import add_loading_flags, loading_options
 from llava.model.tracing import look
 from llava.prompting import move_batch, questions_batch
@@ -169,7 +169,8 @@ STYLE = """
 .llava-table tr { border: 0 !important; }
 .llava-table th:first-child, .llava-table td:first-child { text-align: left; }
 .llava-note { color: var(--body-text-color); opacity: .72; font-size: 13px; margin-top: 8px; }
-.stages { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 12px; }
+.stages { display: grid; gap: 12px; grid-template-columns:
+  repeat(auto-fill, minmax(min(100%, calc(var(--share) * 130px)), 1fr)); }
 #picture img { min-height: 220px; object-fit: contain; }
 .stages figure { margin: 0; }
 .stages svg { display: block; width: 100%; height: auto; border: 1px solid #d5d9e0;
@@ -177,7 +178,7 @@ STYLE = """
 .stages figcaption { font-size: 12px; color: var(--body-text-color); opacity: .72;
   margin: 4px 0 8px; }
 .stages .fields { display: flex; gap: 6px; align-items: flex-start; }
-.stages .fields > div { flex: 1 1 0; min-width: 0; }
+.stages .fields > div { min-width: 0; }
 """
 
 
@@ -231,8 +232,7 @@ def spread(series: Series) -> str:
 
 def tokens_html(reply: Reply) -> str:
     """The tokens that are left in each stage, and the scores of the cuts."""
-    figures = stage_figures(reply.scene, reply.scene["runs"][1], prefix=None)
-    return f'<div class="stages">{figures}</div>'
+    return stages(reply.scene, reply.scene["runs"][1], prefix=None)
 
 
 # ----------------------------------------------------------------------------- the page

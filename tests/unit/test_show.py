@@ -122,6 +122,8 @@ def test_page_draws_the_scene(checkpoints: dict[str, Path]) -> None:
     assert tags.count("svg") == 1 + 2 + 2 + 2 * 2 * (3 + 2)
     assert text.count("data:image/png;base64,") == 2
     assert "Is &lt;b&gt; above 3 &amp; 4?" in text
+    shares = re.findall(r'class="stages" style="--share:([\d.]+)"', text)
+    assert shares == ["3.12"] * 2  # the whole picture, and 8 cells with a newline over 4
     gone = [len(s["kept"][0]) for run in scene["runs"] for s in run["stages"] if run["cuts"]]
     whole = re.findall(r'viewBox="0 0 80 80".*?</svg>', text, flags=re.S)
     counts = [each.count('class="gone"') for each in whole if "tokens left" in each]
