@@ -25,12 +25,22 @@ from miniatures import (
     write_hf,
     write_lora,
     write_original,
+    write_processor,
     write_projector_only,
     write_weights,
 )
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from llava.model.builder import load_checkpoint, load_pretrained_model
+from llava.model.multimodal_encoder.builder import read_tower
 
 TEMPLATES = {
     "v1.5-7b": "vicuna_v1",
@@ -205,3 +215,24 @@ def test_a_loaded_model_does_not_depend_on_its_files(tmp_path):
     assert again.unused == ()
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_towers_as_the_hub_has_them(kind, tmp_path, capfd):
+    """Whole CLIP and SigLIP models, text side included: the vision side is read, without a report
+    of everything else."""
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    text["num_attention_heads"] = 2
+    vision = {key: value for key, value in VISION.items() if key != "projection_dim"}
+    model_class, config_class = {
+        "clip": (CLIPModel, CLIPConfig), "siglip": (SiglipModel, SiglipConfig),
+    }[kind]  # fmt: skip
+    whole = model_class(config_class(vision_config=vision, text_config=text)).eval()
+    whole.save_pretrained(tmp_path / "tower")
+    write_processor(tmp_path / "tower")
+    structure, weights, _ = read_tower(str(tmp_path / "tower"))
+    assert structure["model_type"] == f"{kind}_vision_model"
+    own = whole.vision_model.state_dict()
+    assert weights.keys() == {key for key in own if not key.startswith("head.")}
+    assert all(torch.equal(value, own[key]) for key, value in weights.items())
+    assert "UNEXPECTED" not in capfd.readouterr().err

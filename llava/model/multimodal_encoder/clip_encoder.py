@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.utils import logging
 
 from llava.mm_utils import clip_image_processor_class
 
@@ -62,9 +63,14 @@ class CLIPVisionTower(nn.Module):
     def read(cls, name: str, device_map: Any = None) -> tuple[Any, Any]:
         """(vision model, image processor) from a folder or the hub. ValueError when they cannot be
         read, or when a weight is missing."""
+        verbosity = logging.get_verbosity()
         try:
+            config = cls.config_class.from_pretrained(name)
+            for key, value in cls.settings.items():
+                setattr(config, key, value)
+            logging.set_verbosity_error()  # hub folders hold a text model too, and a long report
             model, report = cls.model_class.from_pretrained(
-                name, device_map=device_map, output_loading_info=True, **cls.settings
+                name, config=config, device_map=device_map, output_loading_info=True
             )
             processor = cls.processor_class().from_pretrained(name)
         except (OSError, RuntimeError) as error:
@@ -72,6 +78,8 @@ class CLIPVisionTower(nn.Module):
                 f"vision tower {name!r} cannot be read; give a folder with config.json, weights "
                 f"and preprocessor_config.json, or a hub id ({error})"
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
         if report["missing_keys"]:
             raise ValueError(
                 f"vision tower {name!r} lacks weights: {', '.join(sorted(report['missing_keys']))}"
