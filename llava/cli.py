@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "answer": Command("llava.eval.answer_file:main", "answer a question file (LLaVA's flags)"),
     "score": Command("llava.eval.score:main", "score a run or an answers file, with intervals"),
     "compare": Command("llava.eval.score:compare_main", "what one run gains over another"),
+    "report": Command("llava.eval.results_report:main", "a page and tables of many runs"),
     "export": Command("llava.eval.score:export_main", "the file a benchmark's server wants"),
     "judge": Command("llava.eval.judge:main", "sets that a language model scores"),
     "data": Command("llava.eval.data:main", "prepare and check benchmark files"),

@@ -16,13 +16,15 @@ from llava.drawing import colour, line, svg, text
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: ``low`` and ``high`` bound its interval, ``label`` shows on hovering."""
+    """One measurement: ``low`` and ``high`` bound its interval, ``label`` shows on hovering;
+    ``hollow``: drawn as a ring."""
 
     x: float
     y: float
     low: float
     high: float
     label: str = ""
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,10 @@ def error_bars(frame: Frame, points: Sequence[Point], stroke: str, shift: float)
         parts.append(line(x, low, x, high, stroke, 'stroke-width="1.4"'))
         for end in (low, high):
             parts.append(line(x - 3, end, x + 3, end, stroke, 'stroke-width="1.4"'))
+        fill, edge, width = ("#fff", stroke, 1.8) if point.hollow else (stroke, "#fff", 1)
         parts.append(
-            f'<circle cx="{x:.1f}" cy="{frame.py(point.y):.1f}" r="3.6" fill="{stroke}" '
-            f'stroke="#fff" stroke-width="1"><title>{escape(point.label)}</title></circle>'
+            f'<circle cx="{x:.1f}" cy="{frame.py(point.y):.1f}" r="3.6" fill="{fill}" '
+            f'stroke="{edge}" stroke-width="{width}"><title>{escape(point.label)}</title></circle>'
         )
     return parts
 
@@ -138,6 +141,27 @@ def accuracy_chart(
         )
         parts += error_bars(frame, points, colour(name), shift)
     parts += error_bars(frame, series.get("none", ()), colour("none"), 0)
+    return svg(*size, parts, f"{y_title} against {x_title}")
+
+
+def scatter_chart(
+    series: Mapping[str, Sequence[Point]],
+    *,
+    x_title: str,
+    y_title: str,
+    size: tuple[int, int] = (520, 300),
+) -> str:
+    """Points with their intervals, coloured by method; the vertical axis spans what they need."""
+    every = [point for points in series.values() for point in points]
+    if not every:
+        raise ValueError("scatter_chart: no points to draw")
+    low, high = min(point.low for point in every), max(point.high for point in every)
+    room = 0.08 * max(high - low, 0.02 * abs(high), 1e-6)
+    highest = max(point.x for point in every) or 1.0
+    frame = Frame((0.0, 1.08 * highest), (low - room, high + room), *size)
+    parts = axes(frame, x_title, y_title)
+    for name, points in series.items():
+        parts += error_bars(frame, points, colour(name), 0)
     return svg(*size, parts, f"{y_title} against {x_title}")
 
 
