@@ -164,7 +164,7 @@ def test_the_last_line_of_a_run():
     assert run["speedup"] == 8 / 3.5
     assert (run["lost_in"], run["lost_seconds"]) == ("decode", 1.0)
     line = format_line(run)
-    assert "2.29x the baseline, FLOPs allow 2.00x" in line
+    assert "2.29x the run without a plan, FLOPs allow 2.00x" in line
     assert "lost in decode (1.00 s above that ideal)" in line
     assert "2 processes" in line
     half = summarise([timing()], 1)  # a baseline over half of the questions
