@@ -30,7 +30,13 @@ from llava.constants import (
 from llava.conversation import resolve_conv_mode
 from llava.mm_utils import ASPECT_RATIOS, crop_side
 from llava.model.assemble import ARCHITECTURES, Parts, assemble, check_weights
-from llava.model.checkpoint_layout import read_json
+from llava.model.checkpoint_layout import (
+    ADAPTER_FILES,
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    read_json,
+    weight_files,
+)
 from llava.model.choices import Choice, Choices
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -178,8 +184,13 @@ def load_checkpoint(
 
 
 # -------------------------------------------------------------------------------------- what it is
+_ADAPTERS = (*ADAPTER_FILES, PROJECTOR_FILE)
+_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.npy", *_ADAPTERS, NON_LORA_FILE)
+
+
 def resolve_folder(name: str | Path) -> Path:
-    """A local folder, or the local copy of a hub repository. ValueError when there is none."""
+    """A local folder, or the local copy of a hub repository (its .bin files only where it has no
+    safetensors). ValueError when there is none."""
     path = Path(name).expanduser()
     text = str(name)
     if path.exists() or path.is_absolute() or text.count("/") != 1 or text.startswith("."):
@@ -188,7 +199,10 @@ def resolve_folder(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
+        folder = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
+        if weight_files(folder) or any((folder / name).is_file() for name in _ADAPTERS):
+            return folder
+        return Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0].split(". ")[0]
         raise ValueError(

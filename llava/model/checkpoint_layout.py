@@ -70,7 +70,13 @@ def inspect_checkpoint(path: str | Path) -> CheckpointFiles:
             f"{folder} holds quantised weights (quantization_config in config.json); give the "
             "checkpoint in full precision, and --load-4bit or --load-8bit to quantise it at load"
         )
-    layout: Layout = "hf" if {"text_config", "vision_config"} <= set(config) else "llava"
+    nested = {"text_config", "vision_config"} & set(config)
+    if len(nested) == 1:
+        raise ValueError(
+            f"{folder / 'config.json'} has {nested.pop()} alone; transformers' layout has "
+            "text_config and vision_config, LLaVA's neither"
+        )
+    layout: Layout = "hf" if nested else "llava"
     weights = weight_files(folder)
     if weights:
         return CheckpointFiles(folder, layout, "full", config, weights)

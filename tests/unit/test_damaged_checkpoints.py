@@ -26,7 +26,7 @@ from miniatures import (
 )
 from safetensors.torch import load_file, save_file
 
-from llava.model.builder import load_checkpoint
+from llava.model.builder import load_checkpoint, resolve_folder
 
 
 @pytest.fixture
@@ -183,6 +183,19 @@ def test_configs_that_leave_something_out(bins, tensors):
         load(tensors)
 
 
+def test_marks_around_pictures_need_trained_rows(tmp_path):
+    """<im_start> and <im_end> are part of the prompt; <im_patch> never is."""
+    write_original(tmp_path / "x", "v1.5-7b", mm_use_im_start_end=True)
+    tokenizer = load(tmp_path / "x").tokenizer
+    assert tokenizer("<im_start>").input_ids[-1] == 480
+    write_original(tmp_path / "y", "v1.5-7b", mm_use_im_start_end=True, vocab_size=480)
+    with pytest.raises(ValueError, match=r"needs trained embeddings of <im_start>.* up to 481"):
+        load(tmp_path / "y")
+    edit(tmp_path / "y", mm_use_im_start_end=False, mm_use_im_patch_token=True)
+    loaded = load(tmp_path / "y")
+    assert loaded.model.get_input_embeddings().weight.shape[0] == 480
+
+
 def test_adapters_and_bases(tmp_path):
     base = write_base(tmp_path / "a")
     write_lora(tmp_path / "b", base, old_peft=False)
@@ -229,6 +242,8 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
         ({"model_type": "video_llava"}, "'video_llava' is nested"),
         ({"text_config": {"model_type": "gemma"}}, "decoder is a 'gemma'"),
+        ({"vision_config": "gone"}, "has text_config alone"),
+        ({"vision_config": {"model_type": "pixtral"}}, "'pixtral'; accepted: clip"),
     ],
 )
 def test_nested_configs_that_cannot_be_read(change, message, tmp_path):
@@ -253,3 +268,22 @@ def test_nested_configs_that_cannot_be_read(change, message, tmp_path):
 def test_options_that_do_not_fit(options, message, bins):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(bins, **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_hub_id_fetches_one_kind_of_weights(suffix, tmp_path, monkeypatch):
+    name = {"safetensors": "v1.6-vicuna-7b", "bin": "v1.5-7b"}[suffix]
+    write_original(tmp_path / "hub", name)
+    asked = []
+
+    def fetch(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns[-1]))
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    if suffix == "bin":  # what the first look finds
+        found = iter([(), (tmp_path / "hub" / "x.bin",)])
+        monkeypatch.setattr("llava.model.builder.weight_files", lambda folder: next(found))
+    assert resolve_folder("liuhaotian/llava") == tmp_path / "hub"
+    wanted = ["*.safetensors"] if suffix == "safetensors" else ["*.safetensors", "*.bin"]
+    assert asked == [("liuhaotian/llava", pattern) for pattern in wanted]
