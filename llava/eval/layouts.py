@@ -207,13 +207,12 @@ def textvqa(paths: Sequence[Path], questions: Sequence[Question]) -> Labels:
         by_picture.setdefault(str(entry["image_id"]), []).append(entry)
     labels = {}
     for question in questions:
-        entries = by_picture.get(str(question.question_id), [])
-        found = _entry_asked(question.text, entries)
+        own = str(question.question_id)
+        picture = Path(question.images[0]).stem if question.images else own
+        found = _entry_asked(question.text, by_picture.get(picture) or by_picture.get(own, []))
         if found is None:
-            raise ValueError(
-                f"{path} has no question {bare_question(question.text)!r} about picture "
-                f"{question.question_id!r}"
-            )
+            asked = bare_question(question.text)
+            raise ValueError(f"{path} has no question {asked!r} about picture {picture!r}")
         labels[question.uid] = {
             "answers": found["answers"],
             "annotation_id": found["question_id"],

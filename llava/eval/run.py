@@ -63,8 +63,9 @@ def evaluate(
     """Answer a loaded benchmark and score it, without a folder. settings: of `Answerer`; raises
     what it and its `answer_all` raise.
 
-    `row` has checkpoint, plan ("none" for no dropping), plan_source, blind, set, accuracy, low,
-    high (per cent), n, n_missing and questions_per_second.
+    `row` has checkpoint, plan ("none" for no dropping), plan_source, blind, set, metric (name of
+    the headline), accuracy (its value: per cent, for MME points), low, high, n, n_missing and
+    questions_per_second.
     """
     answerer = Answerer(
         model,
@@ -98,6 +99,7 @@ def result_row(
         "plan_source": answerer.plan_source,
         "blind": answerer.blind,
         "set": loaded.benchmark.name,
+        "metric": scores.metric,
         "accuracy": scores.value,
         "low": scores.low,
         "high": scores.high,
@@ -215,12 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One line: set, plan and where it came from, accuracy with its interval, n."""
+    """One line: set, metric with its interval, n, plan and where it came from."""
     plan = f"{row['plan']} ({row['plan_source']}){', blind' if row['blind'] else ''}"
-    return (
-        f"{row['set']:<16} {row['accuracy']:6.2f} % [{row['low']:.2f}, {row['high']:.2f}] "
-        f"n={row['n']}  {plan}"
-    )
+    bounds = f"[{row['low']:.2f}, {row['high']:.2f}]"
+    score = f"{row['metric']} {row['accuracy']:.2f} {bounds}"
+    return f"{row['set']:<16} {score} n={row['n']}  {plan}"
 
 
 if __name__ == "__main__":

@@ -430,7 +430,7 @@ def test_llava_eval_scores_and_writes(data_root, tmp_path, shipped, capsys):
     settings = json.loads((run / "run.json").read_text())
     assert settings["conv_mode"] == "v1"
     assert len(settings["questions_sha256"]) == 64
-    assert "83.33 %" in capsys.readouterr().out
+    assert "accuracy 83.33 [" in capsys.readouterr().out
     # The same settings are the same run, others are another.
     run_module.main(argv)
     assert len(list((results / "digits_vqav2").iterdir())) == 1

@@ -270,4 +270,6 @@ def _interval(metric: Metric, clusters: Sequence[str], sums: np.ndarray) -> Inte
         if len(set(own)) == len(own) or min(scores) == max(scores):
             interval = accuracy_interval(scores, own)
             return interval._replace(low=100 * interval.low, high=100 * interval.high)
-    return Interval(*percentiles(metric.value(sums)), "bootstrap over pictures")
+    low, high = percentiles(metric.value(sums))
+    alike = " (all draws alike: no bound)" if low == high else ""
+    return Interval(low, high, f"bootstrap over pictures{alike}")
