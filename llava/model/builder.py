@@ -35,7 +35,6 @@ from llava.model.checkpoint_layout import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
     read_json,
-    weight_files,
 )
 from llava.model.choices import Choice, Choices
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -184,8 +183,8 @@ def load_checkpoint(
 
 
 # -------------------------------------------------------------------------------------- what it is
-_ADAPTERS = (*ADAPTER_FILES, PROJECTOR_FILE)
-_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.npy", *_ADAPTERS, NON_LORA_FILE)
+_SMALL = (*ADAPTER_FILES, PROJECTOR_FILE, NON_LORA_FILE)
+_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.npy", *_SMALL)
 
 
 def resolve_folder(name: str | Path) -> Path:
@@ -200,7 +199,7 @@ def resolve_folder(name: str | Path) -> Path:
 
     try:
         folder = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
-        if weight_files(folder) or any((folder / name).is_file() for name in _ADAPTERS):
+        if any(folder.glob("*.safetensors")) or any((folder / name).is_file() for name in _SMALL):
             return folder
         return Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
