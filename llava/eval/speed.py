@@ -362,8 +362,9 @@ def both(
 
 
 def kernels_per_cut(work: Workload, plan: ReductionPlan) -> dict[str, Any]:
-    """What a cut adds to a prefill's kernels: matrix products (projections, scores) and others."""
-    cuts = max(1, len(plan.cuts))
+    """What a cut adds to a prefill's kernels: matrix products (projections, scores) and others.
+    Of a plan with a layer program: what it adds as a whole."""
+    cuts = 1 if plan.program is not None else max(1, len(plan.cuts))
     with_plan, without = prefill_region(work, plan), prefill_region(work, ReductionPlan())
     sides = [lambda r=r: r.run(r.prepare()) for r in (with_plan, without)]
     more = count_kernels(sides[0]) - count_kernels(sides[1])
@@ -398,6 +399,7 @@ def measure(
         machine = flops.find_machine(torch.cuda.get_device_name(work.device))
     best, none = ideals(work, machine), ReductionPlan()
     result: dict[str, Any] = {"plan": str(plan), "ideal_from": ideal_source(work, machine)}
+    result["unit"] = "a cut" if plan.program is None else "the plan"
     result |= costs(best, plan)
     if "vision" in parts:
         series = interleave(vision_regions(work), clock, repeats)
@@ -521,7 +523,7 @@ def format_result(result: dict[str, Any]) -> str:
         part, cut = result["prefill"], result["kernels_per_cut"]
         lines.append(
             f"{'selection':<24}{part['selection_ms']:>9.2f} ms   {part['selection_share']:.1%} of "
-            f"the plan's prefill; a cut adds {cut['products']:.0f} matrix products and "
+            f"the plan's prefill; {result['unit']} adds {cut['products']:.0f} matrix products and "
             f"{cut['other']:.0f} other kernels"
         )
     lines.append(

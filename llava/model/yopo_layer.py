@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from llava.model.attention_kinds import FULL, SLIDING, attention_kind
 from llava.model.staged_cache import SplitLayer, StagedCache, StageRecord
 from llava.reduction.yopo import YOPO
-from llava.sequence import BLANK, GRID, GROUP, ORIGIN, ROW, Layout, TokenSequence
+from llava.sequence import BLANK, COLUMN, GRID, GROUP, ORIGIN, ROW, Layout, TokenSequence
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -296,9 +296,11 @@ def seen_by(settings: YOPO, facts_BLF: Tensor, span: int | None) -> Tensor:
     valid = (facts_BLF[..., ORIGIN] >= 0)[:, None]
     if settings.window is None:
         return seen & valid
-    grid, cell = facts_BLF[..., GRID], facts_BLF[..., ROW:]
-    near = (cell[:, :, None] - cell[:, None]).abs().amax(-1) <= settings.reach
-    near = near & (grid[:, :, None] == grid[:, None])
+    # Small integers: thousands of tokens squared are a lot of pairs.
+    grid, *axes = (facts_BLF[..., each].to(torch.int16) for each in (GRID, ROW, COLUMN))
+    near = grid[:, :, None] == grid[:, None]
+    for axis in axes:
+        near &= (axis[:, :, None] - axis[:, None]).abs() <= settings.reach
     if settings.window_causal:
         near = near & causal
     visual = facts_BLF[..., GROUP] >= 0

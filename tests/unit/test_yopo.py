@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava.eval import calibrate_heads
 from llava.eval.calibrate_heads import choose_samples
 from llava.eval.questions import Question
-from llava.model.staged_cache import SplitLayer
+from llava.model.staged_cache import SplitLayer, StagedCache
 from llava.model.yopo_layer import seen_by
 from llava.reduction import YOPO, Cut, DropVisual, ReductionPlan, flops
 from llava.reduction.flops import ModelShape
@@ -369,6 +369,21 @@ def test_the_plain_template_keeps_its_last_visual_token():
     assert out.stages[1].visual == (1,)
     assert out.logits.shape[0] == 3
     out.loss.backward()
+
+
+def test_a_cache_that_is_reset_serves_any_plan():
+    model, inputs = tiny_model("mistral"), batch(prompts(), "left")
+    cache = StagedCache(model.config)
+    for plan in ("yopo", "none", "yopo, leaky", "yopo"):
+        with torch.no_grad():
+            fresh = model(**inputs, reduction=PLANS[plan], use_cache=True)
+            again = model(**inputs, reduction=PLANS[plan], past_key_values=cache, use_cache=True)
+            logits = [
+                model(torch.full((4, 1), 7), past_key_values=o.past_key_values).logits
+                for o in (fresh, again)
+            ]
+        assert torch.equal(*logits)
+        cache.reset()
 
 
 # ----------------------------------------------------------------------------- calibration
