@@ -18,6 +18,7 @@ import os
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -227,6 +228,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_there()
+        if isinstance(self.deepspeed, str) and self.deepspeed and not _is_json(self.deepspeed):
+            raise ValueError(f"--deepspeed {self.deepspeed}: there is no such file")
         self._translate()
         self._match_device()
         self.report_to = usable_reports(self.report_to)
@@ -297,6 +300,11 @@ NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
     "bits": (16,),
 }
 """Flags of distributed and LoRA training -> the values that ask for neither."""
+
+
+def _is_json(text: str) -> bool:
+    """Whether `--deepspeed` is a file, or the JSON object itself."""
+    return Path(text).is_file() or text.lstrip().startswith("{")
 
 
 def _accelerator_available() -> bool:

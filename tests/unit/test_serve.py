@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -96,14 +97,17 @@ def test_sampling_and_beams_stream_too(engine, picture):
     assert pieces == [engine.answer("what?", [picture], beams).text]
 
 
-def slow_down(engine, monkeypatch):
-    """Generation takes 10 ms a token and never ends by itself; the list grows with each token."""
+def slow_down(engine, monkeypatch, interrupt_at=None):
+    """Generation takes 10 ms a token and never ends by itself; the list grows with each token.
+    interrupt_at: the token with which Ctrl-C comes; those behind it take their time."""
     steps, generate = [], engine.model.generate
 
     def counted(**call):
         def count(ids, scores, **_):
             steps.append(1)
-            time.sleep(0.01)
+            if len(steps) == interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01 if len(steps) < (interrupt_at or math.inf) else 0.1)
             return torch.zeros(len(ids), dtype=torch.bool)
 
         call["stopping_criteria"].insert(0, count)
@@ -359,11 +363,10 @@ def test_ways_to_end_a_chat(folder, last, monkeypatch, capsys):
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_came(engine, monkeypatch, capsys):
-    steps, one = slow_down(engine, monkeypatch), cli.Chat(engine, [], Decoding(200))
-    timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    steps = slow_down(engine, monkeypatch, interrupt_at=20)
+    one = cli.Chat(engine, [], Decoding(200))
     one.ask("what?")
-    assert 0 < len(steps) < 190
+    assert 20 <= len(steps) < 190
     assert not generating()
     text = one.turns[-1]["content"]
     assert capsys.readouterr().out == f"ASSISTANT: {text} [interrupted]\n"
