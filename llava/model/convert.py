@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AddedToken
 
 from llava.conversation import get_conversation, resolve_conv_mode
+from llava.mm_utils import crop_side
 from llava.model.assemble import ARCHITECTURES, Parts, assemble, check_weights
 from llava.model.builder import (
     FAMILIES,
@@ -170,6 +171,9 @@ def _hf_processor(raw: dict[str, Any], config: Any, tokenizer: Any, processor: A
         for key in ("crop_size", "image_mean", "image_std", "resample", "size")
         if getattr(processor, key, None) is not None
     }
+    if "crop_size" not in values:  # SigLIP's scales to the size itself; the default would crop
+        side = crop_side(processor)
+        values |= {"crop_size": {"height": side, "width": side}, "do_center_crop": False}
     if kind == "LlavaNext":
         values["image_grid_pinpoints"] = raw["image_grid_pinpoints"]
     else:

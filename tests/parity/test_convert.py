@@ -10,6 +10,8 @@ import pytest
 import torch
 from miniatures import (
     ORIGINALS,
+    SIDE,
+    VISION,
     edit,
     equal,
     hf_model,
@@ -27,6 +29,9 @@ from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -107,6 +112,33 @@ def test_from_transformers_to_llava_and_back(kind, tmp_path):
         given = inputs(kind == "llava_next")
         expected = load(tmp_path / "x").model(**given).logits
         assert torch.equal(load(tmp_path / "llava").model(**given).logits, expected)
+
+
+def test_a_siglip_tower_in_transformers_layout(tmp_path):
+    """No class token: transformers' strategy is `full`, and the pooling head is left out."""
+    vision = {key: value for key, value in VISION.items() if key != "projection_dim"}
+    torch.manual_seed(4)
+    tower = SiglipVisionModel(SiglipVisionConfig(**vision)).eval()
+    tower.save_pretrained(tmp_path / "siglip")
+    processor = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    processor.save_pretrained(tmp_path / "siglip")
+    write_original(tmp_path / "x", "v1.5-7b", mm_vision_tower=str(tmp_path / "siglip"))
+    convert(tmp_path / "x", tmp_path / "hf", "hf")
+    theirs, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    given = inputs(False)
+    ids = torch.tensor([[1, 5, 6, *[theirs.config.image_token_index] * 16, 7, 8, 9]])
+    with torch.no_grad():
+        expected = load(tmp_path / "x", dtype=None).model(**given).logits
+        equal(theirs(input_ids=ids, pixel_values=given["images"][0][None]).logits, expected)
+        equal(load(tmp_path / "hf", dtype=None).model(**given).logits, expected)
+    made = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    picture = Image.new("RGB", (SIDE, 20))
+    assert made(text="<image>", images=picture)["input_ids"][0].count(480) == 16
+    convert(tmp_path / "hf", tmp_path / "back", "llava")
+    same_bits(weights_of(tmp_path / "back"), weights_of(tmp_path / "x"))
 
 
 def test_adapters_are_merged_on_the_way(tmp_path):
