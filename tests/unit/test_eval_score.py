@@ -231,6 +231,10 @@ TWO_OF_TEN = {"answers": ["1"] * 2 + ["x"] * 8}
 ALL_YES = {"answers": ["Yes"] * 10, "question_type": "q", "answer_type": "a"}
 ALL_LOWER = {**ALL_YES, "answers": ["yes"] * 10}
 DOG = {"choices": ["cat", "dog"], "correct_choice_idx": 1}
+CUP = {
+    "answer": "red", "isBalanced": True, "question": "What colour?", "semantic": [],
+    "types": {"structural": "query", "semantic": "attr"}, "groups": {"global": None},
+}  # fmt: skip
 SEED = {"answer": "B", "type": "t", "data_type": "image"}
 LETTER = {"answer": "B", "options": ["x", "y"], "subject": "s"}
 OPEN = {"answer": ["12.5", "a half"], "options": [], "subject": "s"}
@@ -255,6 +259,9 @@ OPEN = {"answer": ["12.5", "a half"], "options": [], "subject": "s"}
         ("aokvqa", "fastv", DOG, {"Bird": 1, "b": 0}),
         ("anls", None, {"answers": ["twelve", "12"]}, {"Twelve ": 1, "twelwe": 5 / 6, "two": 0}),
         ("anls", "lmms", {"answers": ["a  b"]}, {"a b": 1, "a bc": 0.75}),
+        ("gqa", "llava", CUP, {"red": 1, "Red..": 1, " red": 0, "red!": 0}),
+        ("gqa", "vlmevalkit", CUP, {" Red ": 1, "red.": 0}),
+        ("gqa", "lmms", CUP, {" Red! ": 1, "re-d.": 1}),
         ("seed", None, SEED, {"B": 1, "B.": 0, "b": 0}),
         ("seed", "lmms", SEED, {"b) x": 1, "The B": 0}),
         ("mmmu", None, LETTER, {"(B)": 1, "I think B it is": 1, "none": 0}),

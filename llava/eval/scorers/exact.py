@@ -65,6 +65,8 @@ def _gqa(question: Question, label: dict[str, Any], text: str, dialect: str) -> 
         return None
     if dialect == "lmms":
         said, right = without_punctuation(text), without_punctuation(label["answer"])
+    elif dialect == "vlmevalkit":
+        said, right = text.strip().lower(), label["answer"].strip().lower()
     else:
         said, right = gqa_prediction(text), label["answer"]
     return {
@@ -120,6 +122,6 @@ GQA = Scorer(
     by_item(_gqa),
     _gqa_metrics,
     lambda items, dialect: {"distribution": gqa_distribution(items)},
-    ("llava", "lmms"),
+    ("llava", "lmms", "vlmevalkit"),
 )
 OCRVQA = Scorer(by_item(_ocrvqa), accuracy_metrics, dialects=("vlmevalkit", "fastv"))
