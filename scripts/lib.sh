@@ -13,6 +13,7 @@
 #                    Without them the checkpoint's own plan, else the family's.
 #   CONV_MODE=...    the template; without it the checkpoint's
 #   GPUS=N           processes, one a GPU (default: all visible GPUs, else one process)
+#   LAUNCHER=...     a command that starts the processes instead, such as "srun"
 #   BATCH_SIZE=...  DATA_ROOT=...  RESULTS=...   see llava eval --help
 #
 # Variables a user may set:
@@ -180,9 +181,15 @@ visible_gpus() {
   fi
 }
 
-# launch MODULE FLAGS...: one process, or one a GPU. Under srun each task is a process already.
+# launch MODULE FLAGS...: one process, or one a GPU. Under srun each task is a process already;
+# LAUNCHER=srun starts them, from a batch script.
 launch() {
-  local processes=${GPUS:-}
+  local processes=${GPUS:-} starter
+  if [ -n "${LAUNCHER:-}" ]; then
+    read -ra starter <<<"$LAUNCHER"
+    run "${starter[@]}" "$PY" -m "$@"
+    return
+  fi
   [ -n "$processes" ] || processes=$(visible_gpus)
   if [ -n "${SLURM_PROCID:-}" ] || [ "$processes" -le 1 ]; then
     run "$PY" -m "$@"

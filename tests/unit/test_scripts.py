@@ -15,13 +15,15 @@ from types import SimpleNamespace
 import pytest
 
 from llava.digits import build
-from llava.eval import run
+from llava.eval import results_report, run
 from llava.eval.benchmarks import resolve_names
 from llava.reduction import ReductionPlan
 from llava.reduction.flags import plan_for_model, plan_from_args
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch"), ROOT / ".ci" / "run"]
+)
 # Recorded files keep their official names: POPE's .json hold one object a line.
 IGNORED = {".git", ".venv", "results", "playground", "node_modules", "data"}
 
@@ -243,3 +245,126 @@ def test_the_main_scripts_run_on_the_digits(name: str, digits_as_official: Path,
     if name != "vqav2":  # test-dev answers are with the server
         scores = json.loads((answers.parent / "scores.json").read_text())
         assert scores["value"] > 60
+
+
+# ----------------------------------------------------------------------------- sweeps and Slurm
+PYRAMID = "pyramiddrop:layers=[2,4,5],ratios=[0.5,0.25,0.125]"
+SRUN = """#!/usr/bin/env bash
+for ((i = 0; i < SLURM_NTASKS; i++)); do
+  SLURM_PROCID=$i SLURM_LOCALID=$i "$@" || exit
+done
+"""
+# As Slurm does it: a copy of the script, run from elsewhere, whose shell is process 0 already.
+SBATCH = """#!/usr/bin/env bash
+set -euo pipefail
+echo "$*" >>"$STUB_LOG"
+last=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --wrap) bash -c "$2" >&2; echo 8; exit ;;
+    --array=*) last=${1##*-}; shift ;;
+    --*) shift ;;
+    *) break ;;
+  esac
+done
+cp "$1" "$STUB_LOG.spool"
+shift
+cd /
+for ((n = 0; n <= last; n++)); do
+  SLURM_ARRAY_TASK_ID=$n SLURM_PROCID=0 SLURM_LOCALID=0 bash "$STUB_LOG.spool" "$@" >&2
+done
+echo "7;cluster"
+"""
+
+
+def _stub_slurm(folder: Path) -> dict[str, str]:
+    """The environment of a machine whose srun and sbatch run everything here, two tasks a job."""
+    for name, text in {"srun": SRUN, "sbatch": SBATCH}.items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "STUB_LOG": str(folder / "log"),
+        "PYTHON": sys.executable,
+        "SLURM_NTASKS": "2",
+    }
+
+
+def test_a_sweep_takes_plans_from_arguments_and_a_file(tmp_path: Path) -> None:
+    plans = tmp_path / "plans.txt"
+    plans.write_text(f"# baseline first\n\n  {PYRAMID} \nfastv:k=2,r=0.5")
+    variables = {"PLANS": str(plans), "BENCHMARKS": "pope mme", "CKPT": "mine", "GPUS": "1"}
+    script = ROOT / "scripts" / "sweep.sh"
+    check, *runs, report = _dry_run(script, "none", "--", "--limit", "5", **variables)
+    assert check[1] == "-c"
+    for command, plan in zip(runs, ("none", PYRAMID, "fastv:k=2,r=0.5"), strict=True):
+        assert command[1:3] == ["-m", "llava.eval.run"]
+        args = run.parser().parse_args(command[3:])
+        assert (args.benchmarks, args.limit, args.model_path) == (["pope", "mme"], 5, "mine")
+        assert plan_from_args(args) == ReductionPlan.parse(plan)
+    assert report[1:3] == ["-m", "llava.eval.results_report"]
+    assert results_report.parser().parse_args(report[3:]).results == ["results/sweep"]
+    array, last = _dry_run(script, "none", SLURM="1", SBATCH_FLAGS="--account=me", **variables)[1:]
+    assert array[2:] == ["--array=0-5", "--account=me", "scripts/slurm/eval.sbatch"]
+    assert "--dependency=afterany:JOB" in last
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "error"),
+    [
+        ((), {"BENCHMARKS": "pope"}, "no plan"),
+        (("none",), {}, "no benchmark"),
+        (("none",), {"BENCHMARKS": "pope", "PLANS": "/nowhere"}, "no such file"),
+        (("nosuch:k=1",), {"BENCHMARKS": "pope", "SLURM": "1"}, "nosuch"),
+    ],
+)
+def test_a_sweep_refuses_what_it_cannot_read(
+    words: tuple[str, ...], variables: dict[str, str], error: str, tmp_path: Path
+) -> None:
+    """Before any job is made."""
+    result = subprocess.run(
+        ["bash", "scripts/sweep.sh", *words],
+        cwd=ROOT,
+        env={**_stub_slurm(tmp_path / "bin"), "RESULTS": str(tmp_path / "results"), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert error in result.stderr
+    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "bin" / "log").exists()
+
+
+@pytest.mark.slow
+def test_a_slurm_sweep_ends_in_its_report(digits_as_official: Path, tmp_path: Path) -> None:
+    """Two jobs of two processes each, under stand-ins for sbatch and srun, then the report."""
+    results = tmp_path / "results"
+    env = {
+        **_stub_slurm(tmp_path / "bin"),
+        "SLURM": "1",
+        "BENCHMARKS": "pope",
+        "CKPT": str(ROOT / "checkpoints" / "llava-digits"),
+        "DATA_ROOT": str(digits_as_official),
+        "RESULTS": str(results),
+        "BATCH_SIZE": "18",
+    }
+    words = ["none", PYRAMID, "--", "--limit", "36"]
+    result = subprocess.run(
+        ["bash", "scripts/sweep.sh", *words],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    runs = sorted((results / "pope").iterdir())
+    assert [folder.name.split("-")[2] for folder in runs] == ["none", "pyramiddrop"]
+    for folder in runs:
+        ranks = {path.name for path in (folder / "shards").glob("answers.*")}
+        assert ranks == {f"answers.rank000{i}.of0002.jsonl" for i in range(2)}
+        assert len((folder / "answers.jsonl").read_text().splitlines()) == 36
+    log = (tmp_path / "bin" / "log").read_text()
+    assert "--array=0-1" in log
+    assert "--dependency=afterany:7 " in log
+    table = (results / "report.md").read_text()
+    assert f"`{PYRAMID}`" in table
+    assert (results / "report.html").is_file()
