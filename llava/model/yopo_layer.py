@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -379,7 +380,8 @@ class YopoRunner:
         if not mine:
             return None
         places = [pick.places for index in mine for pick in self.heads[index].picks]
-        tables, facts, flat = stage_tables(sequence, rotary, np.array(sum(places, ()), np.int64))
+        every = np.fromiter(chain.from_iterable(places), np.int64)
+        tables, facts, flat = stage_tables(sequence, rotary, every)
         parts = iter(flat.split([len(each) for each in places]))
         indices = {i: HeadIndex(*(next(parts) for _ in HeadIndex._fields)) for i in mine}
         masks = {
@@ -444,12 +446,13 @@ class YopoRunner:
 
     def copy(self) -> YopoRunner:
         other = copy(self)
-        other.masked = dict(self.masked)
+        other.masked, other.indices = dict(self.masked), dict(self.indices)
         return other
 
     def relay(
         self, cache: StagedCache, record: StageRecord, column_BW: Tensor, layout: Layout
     ) -> None:
+        """Text columns are laid anew in the cache; visual ones stay, under their new numbers."""
         mine = [index for index in range(record.start, record.stop) if self.runs(index)]
         if not mine:
             return
