@@ -29,7 +29,7 @@ from llava.constants import (
 )
 from llava.conversation import resolve_conv_mode
 from llava.mm_utils import ASPECT_RATIOS, crop_side
-from llava.model.assemble import ARCHITECTURES, Parts, assemble, check_weights
+from llava.model.assemble import Parts, assemble, check_weights
 from llava.model.checkpoint_layout import (
     ADAPTER_FILES,
     NON_LORA_FILE,
@@ -442,4 +442,4 @@ def _processor_settings(folders: tuple[Path, ...]) -> dict[str, Any] | None:
     return None
 
 
-__all__ = ["ARCHITECTURES", "FAMILIES", "Loaded", "load_checkpoint", "load_pretrained_model"]
+__all__ = ["FAMILIES", "Loaded", "load_checkpoint", "load_pretrained_model"]

@@ -1,8 +1,8 @@
 """Names of the same weights in every public layout, as exact prefix tables.
 
 Special here: one spelling, LLaVA's, is what the rest of the code knows; a table for each other
-spelling lists (LLaVA's prefix, the other's prefix), is read in both directions, and the first entry
-that fits decides. Nothing is guessed from a part of a name. Spellings:
+spelling lists (LLaVA's prefix, the other's prefix), is read in both directions, and the special
+entry decides before the general one. Nothing is guessed from a part of a name. Spellings:
 
     llava    what LLaVA, PyramidDrop and this project write
     hub      llava-hf files of 2023-24, and what transformers 5 writes (`language_model.model.`)
