@@ -39,6 +39,18 @@ from llava.sequence import ORIGIN, POSITION, QUERY, Layout, TokenSequence
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Prefix and question in one stage. layout: of both, left-padded. bounds [B, 2]: of the layout.
+    column [B, W]: where each column comes from (`Layout.append`). following [B]: position of the
+    first token behind the prefix."""
+
+    layout: Layout
+    bounds: Tensor
+    column: Tensor
+    following: Tensor
+
+
+@dataclass(frozen=True)
 class Prefix:
     """P common beginnings behind the shared layers. Never changed: it may serve several calls.
 
@@ -99,77 +111,73 @@ class Prefix:
         cache.prefix = None
         suffix = with_embeds(suffix, self.plan)
         owners = self.owners(len(suffix.layout.lengths))
-        device = suffix.facts.device
         uncut, _ = self.uncut.take(owners).append(suffix.layout)
         stages = self.plan.schedule(uncut, len(decoder.layers))
-        # One entry a stage of the cache, and one for the sequence itself.
-        layouts = [layout.take(owners) for layout in (*self.layouts, self.sequence.layout)]
-        joined = [layout.append(suffix.layout) for layout in layouts]
-        count = len(joined)
-        tables = upload(
-            [
-                np.array(owners),
-                np.array(suffix.layout.lengths),
-                np.array(uncut.lengths) - np.array(suffix.layout.lengths),
-                *(self._next_positions(layout, owners) for layout in layouts),
-                *(np.array(layout.bounds()) for layout, _ in joined),
-                *(column for _, column in joined),
-            ],
-            device,
-        )
-        owner_B, length_B, first_B = tables[:3]
-        following, bounds, columns = (tables[3 + i * count : 3 + (i + 1) * count] for i in range(3))
+        owner_B, length_B, first_B, joints = self._joints(owners, suffix)
 
-        self._unfold(cache, owner_B, following)
+        self._unfold(cache, owner_B, joints)
         record = Record(watch=None if self.before is None else self.depth - 1)
         hidden = suffix.hidden
         if self.depth:
             hidden = decoder._decode(hidden, cache, kwargs, record)
-        for stage, (layout, _), bounds_B2, column_BW in zip(
-            cache.stages, joined, bounds, columns, strict=False
-        ):
-            place = torch.arange(layout.width, device=device)
-            stage.valid = place >= bounds_B2[:, :1] if layout.is_padded else None
+        for stage, joint in zip(cache.stages, joints, strict=False):
+            place = torch.arange(joint.layout.width, device=owner_B.device)
+            padded = joint.layout.is_padded
+            stage.valid = place >= joint.bounds[:, :1] if padded else None
             layers = stock_layers(range(stage.start, stage.stop), cache.runner)
-            cache.relay(layers, column_BW)
+            cache.relay(layers, joint.column)
             if cache.runner is not None:
-                cache.runner.relay(cache, stage, column_BW, layout)
-            stage.length = layout.width
+                cache.runner.relay(cache, stage, joint.column, joint.layout)
+            stage.length = joint.layout.width
             stage.next_position = stage.next_position + length_B
 
+        last = joints[-1]
         facts = suffix.facts.clone()
-        facts[..., POSITION] += following[-1][:, None]
+        facts[..., POSITION] += last.following[:, None]
         facts[..., ORIGIN] += torch.where(suffix.origin >= 0, first_B[:, None], 0)
         own = self.sequence.take(owners)
         own.facts[..., QUERY] = 0
 
         def whole(prefix_hidden: Tensor, suffix_hidden: Tensor) -> TokenSequence:
-            return replace(own, hidden=prefix_hidden).append(
-                replace(suffix, hidden=suffix_hidden, facts=facts),
-                joined[-1][0],
-                columns[-1],
-                bounds[-1],
-            )
+            text = replace(suffix, hidden=suffix_hidden, facts=facts)
+            head = replace(own, hidden=prefix_hidden)
+            return head.append(text, last.layout, last.column, last.bounds)
 
-        sequence = whole(own.hidden, hidden)
         measured = {}
         cut = _cut_at(self.plan, self.depth)
         if self.before is not None and cut is not None and record.watched is not None:
             here = whole(self.before.index_select(0, owner_B), record.watched)
             rotary = decoder.rotary_emb(here.hidden, position_ids=here.position)
             measured = decoder._measure(cut, -1, here, rotary, cache)
-        return sequence, stages, measured
+        return whole(own.hidden, hidden), stages, measured
 
-    def _next_positions(self, layout: Layout, owners: Sequence[int]) -> np.ndarray:
-        """Position of the first token behind each prefix [B]. The last token of a prefix may be a
-        visual one that was dropped, so with original positions the uncut length counts."""
-        if self.plan.positions == "original":
-            return np.array([self.uncut.lengths[owner] for owner in owners])
-        return np.array(layout.lengths)
+    def _joints(
+        self, owners: Sequence[int], suffix: TokenSequence
+    ) -> tuple[Tensor, Tensor, Tensor, list[Joint]]:
+        """Where the columns of prefix and question go, in one copy to the device.
 
-    def _unfold(self, cache: StagedCache, owner_B: Tensor, following: Sequence[Tensor]) -> None:
-        """Give each question its own copy of the prefix's keys and values. following: position of
-        the next token in each stage [B]."""
+        Returns the prefix of each question, its tokens, the tokens of its prefix before any cut
+        [B], and one `Joint` a stage of the cache, with the one of the sequence behind them.
+        """
+        layouts = [layout.take(owners) for layout in (*self.layouts, self.sequence.layout)]
+        joined = [layout.append(suffix.layout) for layout in layouts]
+        first = np.array([self.uncut.lengths[owner] for owner in owners])
+        arrays = [np.array(owners), np.array(suffix.layout.lengths), first]
+        for before, (layout, column) in zip(layouts, joined, strict=True):
+            # The last token of a prefix may be a visual one that was dropped: with original
+            # positions the uncut length counts.
+            original = self.plan.positions == "original"
+            following = first if original else np.array(before.lengths)
+            arrays += [np.array(layout.bounds()), column, following]
+        owner_B, length_B, first_B, *rest = upload(arrays, suffix.facts.device)
+        joints = [
+            Joint(layout, *rest[3 * place : 3 * place + 3])
+            for place, (layout, _) in enumerate(joined)
+        ]
+        return owner_B, length_B, first_B, joints
+
+    def _unfold(self, cache: StagedCache, owner_B: Tensor, joints: Sequence[Joint]) -> None:
+        """Give each question its own copy of the prefix's keys and values."""
 
         def rows(tensor: Tensor) -> Tensor:
             if tensor.shape[0] == 1:  # no copy: the layers join the questions' own columns to it
@@ -185,10 +193,10 @@ class Prefix:
                 stage.stop,
                 stage.length,
                 None if stage.valid is None else rows(stage.valid),
-                position_B,
+                joint.following,
                 {name: rows(value) for name, value in stage.extra.items()},
             )
-            for stage, position_B in zip(self.cache.stages, following, strict=False)
+            for stage, joint in zip(self.cache.stages, joints, strict=False)
         ]
 
 

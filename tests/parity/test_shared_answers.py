@@ -45,7 +45,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[LoadedBen
     out = tmp_path_factory.mktemp("digits")
     build_eval(out, seed=7)
     loaded = load_pretrained_model(str(ROOT / "checkpoints" / "llava-digits-pdrop"), device="cpu")
-    return loaded, [load_benchmark(f"digits_{kind}", out / "eval", limit=8) for kind in SETS]
+    return loaded, [load_benchmark(f"digits_{kind}", out / "eval", limit=5) for kind in SETS]
 
 
 def answerer(loaded: Any, folder: Path, plan: str, **settings: Any) -> Answerer:
@@ -86,7 +86,7 @@ def test_together_is_alone(parts, plan):
                     place = next((i for i, (a, b) in enumerate(words) if a != b), 0)
                     assert undecided(single, question, place), (one["text"], other["text"])
         asked += len(alone)
-    assert asked >= 40
+    assert asked >= 25
 
 
 def test_every_method_is_here():
