@@ -158,10 +158,11 @@ def scatter_chart(
     low, high = min(point.low for point in every), max(point.high for point in every)
     room = 0.08 * max(high - low, 0.02 * abs(high), 1e-6)
     highest = max(point.x for point in every) or 1.0
-    frame = Frame((0.0, 1.08 * highest), (low - room, high + room), *size)
+    frame = Frame((0.0, 1.08 * highest), (low - room, high + room), *size, left=66)
     parts = axes(frame, x_title, y_title)
     for name, points in series.items():
-        parts += error_bars(frame, points, colour(name), 0)
+        rings_first = sorted(points, key=lambda point: not point.hollow)
+        parts += error_bars(frame, rings_first, colour(name), 0)
     return svg(*size, parts, f"{y_title} against {x_title}")
 
 

@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -368,3 +370,28 @@ def test_a_slurm_sweep_ends_in_its_report(digits_as_official: Path, tmp_path: Pa
     table = (results / "report.md").read_text()
     assert f"`{PYRAMID}`" in table
     assert (results / "report.html").is_file()
+
+
+def test_a_job_out_of_time_goes_back_into_the_queue(tmp_path: Path) -> None:
+    """Slurm's signal reaches the batch shell while its processes run."""
+    env = {**_stub_slurm(tmp_path / "bin"), "SLURM_JOB_ID": "41", "LLAVA_ROOT": str(ROOT)}
+    started = tmp_path / "started"
+    srun = (
+        f'#!/usr/bin/env bash\necho "$*" >"{started}.new"; mv "{started}.new" "{started}"\nsleep 2'
+    )
+    (tmp_path / "bin" / "srun").write_text(srun)
+    (tmp_path / "bin" / "scontrol").write_text('#!/usr/bin/env bash\necho "$*" >"$STUB_LOG"\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    command = ["bash", "scripts/slurm/eval.sbatch", "pope gqa", "--limit", "5"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 30
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        _, error = job.communicate(timeout=30)
+    assert "back into the queue" in error
+    assert (tmp_path / "bin" / "log").read_text() == "requeue 41\n"
+    words = started.read_text().split()
+    assert words[1:3] == ["-m", "llava.eval.run"]
+    args = run.parser().parse_args(words[3:])
+    assert (args.benchmarks, args.limit) == (["pope", "gqa"], 5)
