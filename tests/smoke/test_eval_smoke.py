@@ -53,6 +53,7 @@ def folder(tmp_path_factory):
         (["tall.png", "square.png"], "<image> is <image>"),
         ("square.png", "what is this one this one this one"),
         ("tall.png", "what"),
+        ("square.png", "what is red"),
     ]
     with open(folder / "q.jsonl", "w") as file:
         for number, (image, text) in enumerate(asked):
@@ -72,17 +73,20 @@ def flags(folder, *more: str) -> list[str]:
 def test_batched_answers_equal_single_ones(folder, plan):
     tokenizer, model, processor, _ = load_pretrained_model(str(folder / "checkpoint"), device="cpu")
     questions = read_questions(folder / "q.jsonl")
-    single, batched, blind = (
+    single, batched, whole, blind = (
         answer_questions(
             model, tokenizer, processor, questions, image_folder=folder / "images",
-            reduction=plan, batch_size=size, max_new_tokens=6, blind=grey,
+            reduction=plan, batch_size=size, max_new_tokens=6, blind=grey, share=share,
         )
-        for size, grey in ((1, False), (5, False), (5, True))
+        for size, grey, share in (
+            (1, False, False), (6, False, True), (6, False, False), (6, True, True)
+        )
     )  # fmt: skip
     own = ("answer_id", "run_id", "latency_ms")  # of the run and its batches
-    for one, other in zip(single, batched, strict=True):
-        same = [key for key in one if key not in own]
-        assert [one[key] for key in same] == [other[key] for key in same]
+    for together in (batched, whole):
+        for one, other in zip(single, together, strict=True):
+            same = [key for key in one if key not in own]
+            assert [one[key] for key in same] == [other[key] for key in same]
     assert len({record["text"] for record in single}) > 1
     texts, grey = ([r["text"] for r in records] for records in (single, blind))
     assert grey != texts
@@ -94,7 +98,7 @@ def test_command_line(folder, tmp_path):
     plan = ["--layer_list", "[1,2]", "--image_token_ratio_list", "[0.5,0.25]"]
     assert llava(["answer", *flags(folder, "--answers-file", str(out), *plan)]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["question_id"] for record in records] == [0, 1, 2, 3, 4]
+    assert [record["question_id"] for record in records] == [0, 1, 2, 3, 4, 5]
     assert {record["model_id"] for record in records} == {"checkpoint"}
 
 
