@@ -394,8 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     collected = collect(args.results)
     if collected.damaged and not args.skip_damaged:
-        listed = "\n  ".join(collected.damaged)
-        raise ValueError(f"damaged runs (--skip-damaged leaves them out):\n  {listed}")
+        listed = "; ".join(collected.damaged)
+        raise ValueError(f"damaged runs (--skip-damaged leaves them out): {listed}")
     if not collected.runs:
         raise ValueError("none of the runs is finished: " + ", ".join(collected.unfinished))
     groups = grouped(collected.runs)
