@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import signal
 import sys
 import threading
@@ -106,7 +105,7 @@ def slow_down(engine, monkeypatch, interrupt_at=None):
         def count(ids, scores, **_):
             steps.append(1)
             if len(steps) == interrupt_at:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.01 if len(steps) < (interrupt_at or math.inf) else 0.1)
             return torch.zeros(len(ids), dtype=torch.bool)
 
