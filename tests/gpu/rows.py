@@ -16,6 +16,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from llava.model import varlen_attention
 from llava.model.staged_decoder import Record
-from llava.reduction import ReductionPlan, flops
+from llava.reduction import Cut, ReductionPlan, flops
 from llava.utils import environment, json_dump, user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,35 +162,83 @@ def half(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def cases_half(device: torch.device) -> dict[str, Any]:
-    """The recorded prompts in bfloat16 with every backend, float32's kept tokens replayed."""
+def recorded_runs(device: torch.device) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, model on the device in float32, arguments of its prefill) of the stored cases of
+    every method; `sequence` and pixels in float32."""
+    import adaptprune_cases
+    import fastv_cases
     import pyramiddrop_cases
     import recorded
+    import simignore_cases
+    import yopo_cases
 
-    found: dict[str, Any] = {}
-    for folder in sorted((ROOT / "tests" / "data" / "pyramiddrop").iterdir()):
-        if not recorded.is_case(folder):
-            continue
+    def cases(method: str) -> list[Path]:
+        folders = sorted((ROOT / "tests" / "data" / method).iterdir())
+        return [folder for folder in folders if recorded.is_case(folder)]
+
+    def bare(model: Any) -> Any:
+        return model if device.type == "cpu" else getattr(model, "model", model)
+
+    for folder in cases("pyramiddrop"):
         wrapped, meta, inputs, expected = pyramiddrop_cases.load_case(folder, "sdpa")
         if "loss" in expected:
             continue
-        model = getattr(wrapped, "model", wrapped) if device.type != "cpu" else wrapped
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else None
-        call = {"attention_mask": inputs.get("attention_mask"), "image_sizes": sizes}
-        call = moved({**call, "images": inputs["pixel_values"]}, device)
-        ids, plan = inputs["input_ids"].to(device), pyramiddrop_cases.plan_of(meta)
+        call = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs.get("attention_mask"),
+            "images": inputs["pixel_values"],
+            "image_sizes": sizes,
+            "reduction": pyramiddrop_cases.plan_of(meta),
+        }
+        yield folder.name, bare(wrapped), moved(call, device)
+    for method in ("fastv", "adaptprune", "simignore", "yopo"):
+        for folder in cases(method):
+            wrapped, meta, inputs, _ = recorded.load_decoder(folder, "sdpa")
+            texts = None
+            if method == "fastv":
+                samples = next(fastv_cases.batches(meta, inputs))[1]
+                plan = fastv_cases.plan_of(meta, "sdpa", False)
+            elif method == "adaptprune":
+                samples = next(adaptprune_cases.batches(meta, inputs))[1]
+                cut = Cut(meta["settings"]["K"], adaptprune_cases.method_of(meta["settings"]))
+                plan = ReductionPlan((cut,), positions="original")
+            elif method == "simignore":
+                samples = next(simignore_cases.batches(meta, inputs))[1]
+                texts = simignore_cases.texts_of(inputs, samples)
+                plan = simignore_cases.plan_of(meta, "clean_fastv")
+            else:
+                samples = yopo_cases.samples_of(meta, inputs)
+                plan = yopo_cases.plan_of(yopo_cases.settings_of(folder, meta, "renorm"))
+            sequence = recorded.sequence_of(samples, "left", texts).to(device)
+            yield folder.name, bare(wrapped), {"sequence": sequence, "reduction": plan}
+
+
+def in_dtype(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments with an embedded sequence, if there is one, rounded to `dtype`."""
+    if "sequence" not in call:
+        return call
+    hidden = call["sequence"].hidden.to(torch.bfloat16).to(dtype)
+    return {**call, "sequence": replace(call["sequence"], hidden=hidden)}
+
+
+def cases_half(device: torch.device) -> dict[str, Any]:
+    """The recorded prompts of every method in bfloat16 with every backend, float32's kept tokens
+    replayed."""
+    found: dict[str, Any] = {}
+    for name, model, call in recorded_runs(device):
         with torch.no_grad():
             model.to(torch.bfloat16).float()  # the same weights, rounded
-            exact = model(ids, **call, reduction=plan, return_trace=True)
+            exact = model(**in_dtype(call, torch.float32), return_trace=True)
             model.to(torch.bfloat16)
             for backend in installed(device):
                 if backend == FLEX:
                     continue
                 record = Record(trace=True, replay=[cut.keep for cut in exact.trace])
                 output = use(model, backend)(
-                    ids, **call, reduction=plan, return_trace=True, record=record
+                    **in_dtype(call, torch.bfloat16), return_trace=True, record=record
                 )
-                key = f"{folder.name}, {backend}"
+                key = f"{name}, {backend}"
                 found[key] = distance(output, exact)
                 assert found[key] < HALF, f"{key}: off by {found[key]:.2g}"
     assert found, "no recorded case was found"

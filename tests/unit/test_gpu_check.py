@@ -165,10 +165,12 @@ def test_a_window_that_is_off_by_one_is_noticed(one_family, monkeypatch):
 
 
 def test_recorded_cases_in_half_precision(monkeypatch):
-    keep = ("b_infer_b1_sdpa", "d4_train_anyres_b1")
+    others = ("n36_k2_r50_gqa", "g6_s3_gqa2", "n16_k2_r75", "g6_all_gqa2")
+    keep = ("b_infer_b1_sdpa", "d4_train_anyres_b1", *others)
     monkeypatch.setattr(recorded, "is_case", lambda folder: folder.name in keep)
     found = rows.cases_half(CPU)
-    assert list(found) == ["b_infer_b1_sdpa, eager", "b_infer_b1_sdpa, sdpa"]
+    ran = ("b_infer_b1_sdpa", *others)  # no training step
+    assert list(found) == [f"{name}, {backend}" for name in ran for backend in ("eager", "sdpa")]
     assert max(found.values()) < rows.HALF
 
 
