@@ -13,6 +13,7 @@ from tiny import FAMILIES, LAYERS, PLANS, TILE, batch, labels_of, pictures, prom
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava.digits import build
 from llava.eval import calibrate_heads
 from llava.eval.calibrate_heads import choose_samples
 from llava.eval.questions import Question
@@ -422,15 +423,22 @@ def test_averages_that_cannot_be_met():
         critical_ratios(np.ones((3, 2, 2)), 1.0)
 
 
-def run_calibration(tmp_path, *more):
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    build.main(["--out", str(folder), "--parts", "tokenizer", "eval"])
+    return folder / "eval"
+
+
+def run_calibration(data_root, tmp_path, *more):
     calibrate_heads.main([
         "--model-path", str(ROOT / "checkpoints/llava-digits"), "--output", str(tmp_path / "heads"),
-        "--data-root", str(ROOT / "playground/data/eval"), "--device", "cpu", *more,
+        "--data-root", str(data_root), "--device", "cpu", *more,
     ])  # fmt: skip
 
 
-def test_the_command_writes_masks_that_plans_read(tmp_path, capsys):
-    run_calibration(tmp_path, "--benchmark", "digits_pope,digits_gqa", "--samples", "12",
+def test_the_command_writes_masks_that_plans_read(data_root, tmp_path, capsys):
+    run_calibration(data_root, tmp_path, "--benchmark", "digits_pope,digits_gqa", "--samples", "12",
                     "--average-heads", "2", "3")  # fmt: skip
     shown = capsys.readouterr().out
     for average in (2, 3):
@@ -458,9 +466,9 @@ def test_the_command_writes_masks_that_plans_read(tmp_path, capsys):
         (["--benchmark", "digits_pope", "--threshold", "1", "--votes", "2"], "--votes"),
     ],
 )
-def test_the_command_says_what_is_wrong(tmp_path, capsys, flags, message):
+def test_the_command_says_what_is_wrong(data_root, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
-        run_calibration(tmp_path, *flags)
+        run_calibration(data_root, tmp_path, *flags)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
