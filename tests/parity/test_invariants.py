@@ -75,9 +75,11 @@ def test_batched_is_alone_on_either_side(family, plan):
 def test_eager_is_sdpa(family, plan):
     eager = run(tiny_model(family, "eager"), prompts(), plan, "left")
     sdpa = run(tiny_model(family, "sdpa"), prompts(), plan, "left")
+    # A layer program computes attention in pieces; where two kernels round them differently, six
+    # layers of large weights make that grow (1.45e-5 at one element of Qwen3).
+    tolerance = TOLERANCE if PLANS[plan].program is None else 2 * TOLERANCE
     for index in range(len(prompts())):
-        # Two kernels round differently, and six layers of large weights make that grow.
-        same(eager, index, sdpa, index, 2 * TOLERANCE)
+        same(eager, index, sdpa, index, tolerance)
 
 
 @pytest.mark.parametrize("plan", ["pyramiddrop", "pyramiddrop, whole sample"])
