@@ -228,7 +228,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_there()
-        if isinstance(self.deepspeed, str) and self.deepspeed and not _is_json(self.deepspeed):
+        if isinstance(self.deepspeed, str) and self.deepspeed and not _is_settings(self.deepspeed):
             raise ValueError(f"--deepspeed {self.deepspeed}: there is no such file")
         self._translate()
         self._match_device()
@@ -296,13 +296,14 @@ PACKED_BACKENDS = ("sdpa", "varlen", "flash_attention_2", "eager")
 """Backends for --packed; sdpa means varlen then, eager masks the whole pack (slow, a reference)."""
 
 NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
+    "fsdp": (None, "", [], False),
     "lora_enable": (False,),
     "bits": (16,),
 }
-"""Flags of distributed and LoRA training -> the values that ask for neither."""
+"""Flags of FSDP and LoRA training -> the values that ask for neither."""
 
 
-def _is_json(text: str) -> bool:
+def _is_settings(text: str) -> bool:
     """Whether `--deepspeed` is a file, or the JSON object itself."""
     return Path(text).is_file() or text.lstrip().startswith("{")
 
