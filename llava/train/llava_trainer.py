@@ -10,12 +10,6 @@ included) beside config.json, and a run resumes from it. Source: LLaVA-1.5 llava
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,55 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    trainer_pt_utils,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, trainer_pt_utils
 
 from llava.constants import IGNORE_INDEX
+from llava.train.callbacks import ProgressLines
+from llava.train.parts import optimizer_groups
 from llava.train.sampler import EpochSeeded, LengthGroupedSampler
-from llava.utils import atomic_write, get_logger
-
-logger = get_logger(__name__)
-
-PROJECTOR_FILE = "mm_projector.bin"
-PROJECTOR = "mm_projector"
-NEWLINE = "image_newline"
-TOWER = "vision_tower"
-
-
-def part_of(name: str) -> str:
-    """Which part of the model a parameter belongs to: projector, tower or language."""
-    if PROJECTOR in name or NEWLINE in name:
-        return "projector"
-    return "tower" if TOWER in name else "language"
-
-
-def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The projector's parameters (and the image newline) on the CPU, keyed as in the checkpoint;
-    with <im_start> and <im_end> the input embeddings too."""
-    wanted = [PROJECTOR, NEWLINE]
-    if getattr(model.config, "mm_use_im_start_end", False):
-        wanted.append("embed_tokens")
-    return {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in model.state_dict().items()
-        if any(part in name for part in wanted)
-    }
-
-
-def load_projector_state(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load `projector_state` from a file; ValueError when the keys are not the model's."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    own = set(projector_state(model))
-    if set(state) != own:
-        raise ValueError(f"{path} holds {sorted(state)}, the model needs {sorted(own)}")
-    model.load_state_dict(state, strict=False)
+from llava.train.saving import (
+    PROJECTOR_FILE,
+    caching_config,
+    load_projector_state,
+    projector_state,
+    staging_folder,
+)
+from llava.utils import atomic_write
 
 
 class LLaVATrainer(Trainer):
@@ -166,7 +125,7 @@ class LLaVATrainer(Trainer):
         if not self.args.should_save:
             return
         target = Path(output_dir or self.args.output_dir)
-        with caching_config(self.model), _staging_folder(target) as staging:
+        with caching_config(self.model), staging_folder(target) as staging:
             if self.projector_only:
                 self.model.config.save_pretrained(staging)
                 with atomic_write(staging / PROJECTOR_FILE, "wb") as file:
@@ -187,107 +146,3 @@ class LLaVATrainer(Trainer):
             load_projector_state(self.model if model is None else model, projector)
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def optimizer_groups(
-    model: nn.Module,
-    *,
-    decay: set[str],
-    weight_decay: float,
-    rates: Mapping[str, float | None],
-) -> list[dict[str, Any]]:
-    """Trainable parameters as optimizer groups, one per (part, decays or not) that is not empty.
-
-    `decay` are the names that weight decay applies to; `rates` the learning rate of a part
-    (``part_of``), None or absent for the common one.
-    """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = part_of(name)
-        rate = rates.get(part)
-        key = (part if rate is not None else "common", name in decay)
-        if key not in groups:
-            groups[key] = {"params": [], "weight_decay": weight_decay if key[1] else 0.0}
-            if rate is not None:
-                groups[key]["lr"] = rate
-        groups[key]["params"].append(parameter)
-    if not groups:
-        raise ValueError("nothing to train: every parameter is frozen")
-    return [groups[key] for key in sorted(groups, key=str)]
-
-
-@contextlib.contextmanager
-def caching_config(model: Any) -> Iterator[None]:
-    """Save with ``use_cache`` on: training turns it off, a checkpoint is for generation."""
-    before = model.config.use_cache
-    model.config.use_cache = True
-    try:
-        yield
-    finally:
-        model.config.use_cache = before
-
-
-@contextlib.contextmanager
-def _staging_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`'s files whose content is moved into `target` if all went well."""
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield staging
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in sorted(staging.iterdir()):
-            file.chmod(0o666 & ~umask)
-            os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-class ProgressLines(TrainerCallback):
-    """One line a logging step: step, loss, learning rate, samples per second, time left."""
-
-    def __init__(self) -> None:
-        self.started = 0.0
-        self.first_step = 0
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.started = time.monotonic()
-        self.first_step = state.global_step
-
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        if not state.is_world_process_zero or not ({"loss", "eval_loss"} & set(logs)):
-            return
-        done = state.global_step - self.first_step
-        seconds = time.monotonic() - self.started
-        per_step = seconds / done if done else 0.0
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        parts = [f"step {state.global_step}/{state.max_steps}"]
-        if "eval_loss" in logs:
-            parts.append(f"validation loss {logs['eval_loss']:.4f}")
-        else:
-            parts += [
-                f"loss {logs['loss']:.4f}",
-                f"grad {float(logs.get('grad_norm', 0.0)):.2f}",
-                f"lr {logs.get('learning_rate', 0.0):.2e}",
-                f"{batch / per_step if per_step else 0.0:.1f} samples/s",
-                f"left {_clock(per_step * (state.max_steps - state.global_step))}",
-            ]
-        logger.info("  ".join(parts))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

@@ -8,16 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from llava.train import llava_trainer
-from llava.train.llava_trainer import (
-    LLaVATrainer,
-    ProgressLines,
-    _staging_folder,
-    load_projector_state,
-    optimizer_groups,
-    part_of,
-    projector_state,
-)
+from llava.train import callbacks
+from llava.train.callbacks import ProgressLines
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.parts import optimizer_groups, part_of
+from llava.train.saving import load_projector_state, projector_state, staging_folder
 
 
 class Toy(nn.Module):
@@ -89,7 +84,7 @@ def test_a_failing_save_leaves_the_old_files(tmp_path):
     (tmp_path / "config.json").write_text("old")
 
     def fail() -> None:
-        with _staging_folder(tmp_path) as staging:
+        with staging_folder(tmp_path) as staging:
             (staging / "config.json").write_text("new")
             raise OSError("disk full")
 
@@ -97,7 +92,7 @@ def test_a_failing_save_leaves_the_old_files(tmp_path):
         fail()
     assert (tmp_path / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    with _staging_folder(tmp_path) as staging:
+    with staging_folder(tmp_path) as staging:
         (staging / "config.json").write_text("new")
     assert (tmp_path / "config.json").read_text() == "new"
 
@@ -144,7 +139,7 @@ def test_items_of_a_step_leave_out_what_is_never_predicted():
 
 def test_a_progress_line_a_logging_step(monkeypatch):
     shown: list[str] = []
-    monkeypatch.setattr(llava_trainer.logger, "info", shown.append)
+    monkeypatch.setattr(callbacks.logger, "info", shown.append)
     lines = ProgressLines()
     args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=1, world_size=1)
     state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)

@@ -1,0 +1,316 @@
+"""What a run trains: the base model with its vision modules, the tokenizer, what is frozen, and
+what belongs to the checkpoint written into its config.
+
+Special here: everything that can be wrong with a base is judged before its weights are read or
+right after, by name; flags left at their default keep what a LLaVA checkpoint was trained with.
+Sources: LLaVA-1.5 train.py, PyramidDrop pdrop_train.py. ``python -m llava.train.train``
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, CLIPVisionConfig
+from transformers.utils import cached_file
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+)
+from llava.conversation import conv_templates
+from llava.mm_utils import crop_side
+from llava.model.tokenizers import read_tokenizer
+from llava.reduction.plan import resolve_plan
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_pinpoints,
+)
+from llava.train.dataset import check_max_length
+from llava.train.parts import part_of
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
+
+
+def read_config(model_args: ModelArguments) -> tuple[str, dict[str, Any]]:
+    """Where the base is (a folder, or a hub id) and its config.json. Raises ValueError or OSError
+    when there is none."""
+    name = str(model_args.model_name_or_path or model_args.init_from_config)
+    file = Path(name)
+    if file.is_dir():
+        file = file / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no config.json in {name}")
+    elif not file.is_file():
+        if file.is_absolute() or name.count("/") != 1 or name.startswith("."):
+            raise FileNotFoundError(f"no model at {name}")
+        try:
+            file = Path(str(cached_file(name, "config.json")))
+        except OSError as error:
+            raise ValueError(f"model {name} is no folder and not on the hub: {error}") from error
+        return name, _read_json(file)
+    return str(file.parent), _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def model_class(config: dict[str, Any]) -> Any:
+    """The LLaVA class for a base's config.json. ValueError for another architecture."""
+    from llava.model.builder import FAMILIES
+
+    bases = {
+        "llama": "llava_llama",
+        "mistral": "llava_mistral",
+        "qwen2": "llava_qwen",
+        "qwen3": "llava_qwen3",
+    }
+    kind = str(config.get("model_type"))
+    if "text_config" in config:
+        raise ValueError(
+            f"model_type {kind!r} with a text_config is transformers' own layout; convert the "
+            "checkpoint to the LLaVA layout to train it"
+        )
+    name = bases.get(kind, kind)
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model_type {kind!r} cannot be trained here; accepted: {', '.join(bases)}, "
+            + ", ".join(FAMILIES)
+        )
+    return FAMILIES[name][1]
+
+
+def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """The model with its vision modules, in float32, nothing frozen yet."""
+    folder, raw = read_config(model_args)
+    cls = model_class(raw)
+    config = cls.config_class.from_pretrained(folder)
+    keep_checkpoint_settings(model_args, config)
+    attention = {"attn_implementation": training_args.attention_backend()}
+    if model_args.init_from_config:
+        config.mm_vision_tower = config.mm_vision_config = None  # read from its own folder below
+        model = cls._from_config(config, dtype=torch.float32, **attention)
+    else:
+        expect_tower(config, model_args)
+        model, info = cls.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **attention
+        )
+        check_loaded(folder, model, info)
+    if model_args.vision_tower:
+        try:
+            model.get_model().initialize_vision_modules(model_args)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{model_args.pretrain_mm_mlp_adapter} cannot be loaded as a projector: {error}"
+            ) from error
+    clean_generation_config(model)
+    return model
+
+
+def expect_tower(config: Any, model_args: ModelArguments) -> None:
+    """Let a LLaVA checkpoint's own tower be found: with its structure known from the tower's
+    folder, tower weights that the checkpoint may hold (LLaVA-1.6 does) are used."""
+    name = getattr(config, "mm_vision_tower", None)
+    if not name:
+        return
+    if getattr(config, "mm_vision_config", None) is None:
+        folder = Path(model_args.vision_tower or name)
+        if (folder / "config.json").is_file():
+            config.mm_vision_config = CLIPVisionConfig.from_pretrained(folder).to_diff_dict()
+            config.mm_vision_tower = model_args.vision_tower
+    elif model_args.vision_tower != name:
+        logger.warning("the checkpoint's tower is replaced by %s", model_args.vision_tower)
+
+
+def check_loaded(folder: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Complete a loaded base: a tower that it does not hold is read from its own folder, another
+    part beside the language model starts at random and is named.
+
+    ValueError unless every weight of the language model was there.
+    """
+    missing = {part: [] for part in ("language", "projector", "tower")}
+    for name in sorted(info["missing_keys"]):
+        missing[part_of(name)].append(name)
+    lost = missing["language"] + [str(item[0]) for item in info["mismatched_keys"]]
+    if lost:
+        raise ValueError(
+            f"{folder} does not hold the weights its config.json describes: {len(lost)} missing or "
+            f"of another shape, e.g. {lost[0]}"
+        )
+    if missing["tower"]:
+        model.get_vision_tower().load_model()
+    if missing["projector"]:
+        logger.warning("not in the checkpoint, at random: %s", ", ".join(missing["projector"]))
+    if info["unexpected_keys"]:
+        logger.warning("not used: %s", ", ".join(sorted(info["unexpected_keys"])[:8]))
+
+
+_MM_FLAGS = {
+    "vision_tower": "mm_vision_tower",
+    "mm_vision_select_layer": "mm_vision_select_layer",
+    "mm_vision_select_feature": "mm_vision_select_feature",
+    "mm_projector_type": "mm_projector_type",
+    "mm_patch_merge_type": "mm_patch_merge_type",
+    "mm_use_im_start_end": "mm_use_im_start_end",
+    "mm_use_im_patch_token": "mm_use_im_patch_token",
+}
+
+
+def keep_checkpoint_settings(model_args: ModelArguments, config: Any) -> None:
+    """Flags left at their default take a LLaVA checkpoint's value, so that fine-tuning it further
+    cannot silently change what its projector was trained on."""
+    defaults = {field.name: field.default for field in fields(model_args)}
+    for flag, key in _MM_FLAGS.items():
+        stored = getattr(config, key, None)
+        if stored is not None and getattr(model_args, flag) == defaults[flag]:
+            setattr(model_args, flag, stored)
+
+
+def clean_generation_config(model: Any) -> None:
+    """Drop sampling settings that contradict ``do_sample=False`` (Vicuna ships such a file), with
+    which saving would fail at the end of a run."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None or settings.do_sample:
+        return
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+        if getattr(settings, name, None) is not None:
+            setattr(settings, name, None)
+
+
+def load_tokenizer(model_args: ModelArguments, max_length: int) -> Any:
+    """The tokenizer, right-padded, with a pad token: its own, else unk, else eos. The mask comes
+    from lengths, so any will do and the vocabulary stays as it is."""
+    path = model_args.tokenizer_path or read_config(model_args)[0]
+    if model_args.tokenizer_path and not Path(path).is_dir():
+        raise FileNotFoundError(f"tokenizer folder not found: {path}")
+    read = read_tokenizer if Path(path).is_dir() else AutoTokenizer.from_pretrained
+    tokenizer = read(Path(path), model_max_length=max_length, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    # The data set counts tokens itself; transformers' own warning speaks of indexing errors.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer in {path} has no pad, unk or eos token")
+    return tokenizer
+
+
+def add_image_tokens(model: Any, tokenizer: Any, model_args: ModelArguments) -> None:
+    """Add <im_patch>, <im_start> and <im_end> where the flags ask for them; the new embedding rows
+    start as the mean of the old ones.
+
+    ValueError for <im_start> and <im_end> in the projector stage, which would not train them.
+    """
+    if not model_args.vision_tower:
+        return
+    if model_args.mm_use_im_start_end and model_args.tune_mm_mlp_adapter:
+        raise ValueError("--mm_use_im_start_end cannot be trained with --tune_mm_mlp_adapter")
+    wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+    if model_args.mm_use_im_start_end:
+        wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    new = tokenizer.add_tokens(wanted, special_tokens=True) if wanted else 0
+    if new and len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = embeddings.weight.data
+            rows[-new:] = rows[:-new].mean(dim=0, keepdim=True)
+
+
+def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> dict:
+    """Set what is trained; returns the number of trained parameters by part of the model.
+
+    ValueError if a switch asks for a part that the model does not have.
+    """
+    parts = model_args.tunable_parts()
+    if parts is not None:
+        trained = {
+            "language": "mm_language_model" in parts,
+            "projector": "mm_mlp_adapter" in parts,
+            "tower": "mm_vision_tower" in parts,
+        }
+    elif model_args.tune_mm_mlp_adapter:
+        trained = {"language": False, "projector": True, "tower": False}
+    else:
+        trained = {
+            "language": not model_args.freeze_backbone,
+            "projector": not training_args.freeze_mm_mlp_adapter,
+            "tower": training_args.unfreeze_mm_vision_tower,
+        }
+    counts = dict.fromkeys(trained, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(trained[part])
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel is a share
+        counts[part] += size if trained[part] else 0
+    asked = {
+        "projector": model_args.tune_mm_mlp_adapter,
+        "tower": training_args.unfreeze_mm_vision_tower,
+    }
+    for part, wanted in asked.items():
+        if wanted and not counts[part]:
+            raise ValueError(f"the {part} is to be trained, but there is none: give --vision_tower")
+    if not sum(counts.values()):
+        raise ValueError("nothing to train: the flags freeze every part of the model")
+    return counts
+
+
+def write_settings(
+    model: Any,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Put everything that belongs to the checkpoint into its config, the plan included.
+
+    Raises ValueError for a plan that does not fit the model, or a context that cannot hold a
+    picture.
+    """
+    config = model.config
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = training_args.model_max_length
+    known = model_args.version in conv_templates
+    config.conv_mode = model_args.version if known else "vicuna_v1"  # what evaluation asks with
+    if getattr(config, "max_position_embeddings", 0) < training_args.model_max_length:
+        logger.info("max_position_embeddings raised to %d", training_args.model_max_length)
+        config.max_position_embeddings = training_args.model_max_length
+    plan, source = resolve_plan(model_args.plan(), config)
+    plan.validate(config.num_hidden_layers)
+    config.visual_token_reduction = plan.to_dict() if plan.cuts else None
+    logger.info("plan: %s (from %s)", plan, source)
+    if not model_args.vision_tower:
+        return
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+    config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter
+    config.unfreeze_mm_vision_tower = training_args.unfreeze_mm_vision_tower
+    config.mm_projector_lr = training_args.mm_projector_lr
+    config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
+    tower = model.get_vision_tower()
+    if data_args.image_aspect_ratio == "anyres":
+        config.image_grid_pinpoints = parse_pinpoints(
+            data_args.image_grid_pinpoints, crop_side(tower.image_processor)
+        )
+    check_max_length(training_args.model_max_length, tower.num_patches)
+
+
+def check_plan(model_args: ModelArguments) -> None:
+    """ValueError for a plan that does not fit the base, before its weights are read."""
+    layers = read_config(model_args)[1].get("num_hidden_layers")
+    plan = model_args.plan()
+    if plan is not None and isinstance(layers, int):
+        plan.validate(layers)
