@@ -120,6 +120,14 @@ class LLaVATrainer(Trainer):
         return self.optimizer
 
     # -- files -------------------------------------------------------------------------------------
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Called on every rank, because sharded weights are put together by all of them. The
+        projector stage gathers the projector alone, not the frozen language model."""
+        if not self.projector_only:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, projector_state(self.model, keep=self.args.should_save))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a whole new model beside the old files, then move it there file by file."""
         if not self.args.should_save:
@@ -129,7 +137,7 @@ class LLaVATrainer(Trainer):
             if self.projector_only:
                 self.model.config.save_pretrained(staging)
                 with atomic_write(staging / PROJECTOR_FILE, "wb") as file:
-                    torch.save(projector_state(self.model), file)
+                    torch.save(state_dict, file)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staging)
                 torch.save(self.args, staging / "training_args.bin")

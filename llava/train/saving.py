@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,66 @@ from llava.train.parts import NEWLINE, PROJECTOR
 PROJECTOR_FILE = "mm_projector.bin"
 
 
-def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def gathered_parameters(
+    model: nn.Module, wanted: Callable[[str], bool], *, keep: bool | None = None
+) -> dict[str, torch.Tensor]:
+    """Whole CPU copies of the parameters whose names `wanted` accepts, however they are held: plain
+    or under DDP or ZeRO-2, split by ZeRO-3, split by FSDP2.
+
+    Every rank must call it with the same `wanted`: what is split is put together by all of them,
+    one parameter after the other. keep: whether this rank gets the copies (default: rank 0 does);
+    elsewhere the result is empty. Names come without what wrappers put in.
+    """
+    if keep is None:
+        keep = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        if not wanted(name):
+            continue
+        with _whole(parameter) as tensor:
+            if keep:
+                found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+@contextlib.contextmanager
+def _whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The parameter's full tensor, on all ranks, for the time of the block."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter
+    elif hasattr(parameter, "full_tensor"):
+        # Offloaded shards lie on the CPU, which the mesh's collectives do not know.
+        yield parameter.to(parameter.device_mesh.device_type).full_tensor()
+    else:
+        yield parameter
+
+
+def projector_state(model: Any, *, keep: bool | None = None) -> dict[str, torch.Tensor]:
     """The projector's parameters (and the image newline) on the CPU, keyed as in the checkpoint;
-    with <im_start> and <im_end> the input embeddings too."""
-    wanted = [PROJECTOR, NEWLINE]
-    if getattr(model.config, "mm_use_im_start_end", False):
-        wanted.append("embed_tokens")
-    return {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in model.state_dict().items()
-        if any(part in name for part in wanted)
-    }
+    with <im_start> and <im_end> the input embeddings too. Ranks and `keep`: as in
+    `gathered_parameters`."""
+    wanted = _projector_parts(model)
+    return gathered_parameters(model, lambda name: any(part in name for part in wanted), keep=keep)
 
 
-def load_projector_state(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def _projector_parts(model: Any) -> list[str]:
+    with_marks = getattr(model.config, "mm_use_im_start_end", False)
+    return [PROJECTOR, NEWLINE, *(["embed_tokens"] if with_marks else [])]
+
+
+def load_projector_state(model: Any, path: str | os.PathLike[str]) -> None:
     """Load `projector_state` from a file; ValueError when the keys are not the model's."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    own = set(projector_state(model))
+    parts = _projector_parts(model)
+    own = {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
     if set(state) != own:
         raise ValueError(f"{path} holds {sorted(state)}, the model needs {sorted(own)}")
     model.load_state_dict(state, strict=False)

@@ -1,16 +1,98 @@
-"""One rank: runs the training commands of a JSON list one behind the other in this process.
+"""One rank: runs the training commands that the test asks for, each in a process of its own.
 
-Started by torch.distributed.run; ``worker.py COMMANDS.json``.
+Started once by torch.distributed.run, because importing everything costs more than a run does. A
+job is a forked child with a process group of its own, so it may be killed, and the next one starts
+from nothing. ``worker.py FOLDER``: job-N.json there is a job, {"command": [...], "port": n,
+"kill": null or {"step": n, "where": "step" or "saving"}}; job-N.rank.log is its output,
+job-N.rank.done its exit code. A file called stop ends the worker, job-N.cancel the job.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
+from typing import Any
 
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import main
 
+RANK = os.environ["RANK"]
+
+
+def die_at(step: int, where: str) -> None:
+    """From now on the process kills itself in front of training step `step`, or while the
+    checkpoint behind it is being written."""
+    method = {"step": "training_step", "saving": "_save_rng_state"}[where]
+    original = getattr(LLaVATrainer, method)
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    setattr(LLaVATrainer, method, dying)
+
+
+def run(job: dict[str, Any], log: Path) -> int:
+    """In the child: the command, with output in `log`; its exit code."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ["MASTER_PORT"] = str(job["port"])
+    if job["kill"]:
+        die_at(**job["kill"])
+    try:
+        main(job["command"])
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def child_of(job: dict[str, Any], base: Path) -> int:
+    """Fork the job, wait for its end or its cancellation: its exit code (128 + signal)."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(run(job, Path(f"{base}.{RANK}.log")))
+
+    def stop(*_: Any) -> None:
+        os.kill(child, signal.SIGKILL)
+        sys.exit(1)
+
+    signal.signal(signal.SIGTERM, stop)  # the launcher ends its workers with it
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if Path(f"{base}.cancel").exists():
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def serve(folder: Path) -> None:
+    """Take jobs in their order until there is a stop file, or the test process is gone."""
+    number, parent = 0, os.getppid()
+    while not (folder / "stop").exists() and os.getppid() == parent:
+        base = folder / f"job-{number}"
+        if not base.with_suffix(".json").exists():
+            time.sleep(0.02)
+            continue
+        code = child_of(json.loads(base.with_suffix(".json").read_text()), base)
+        Path(f"{base}.{RANK}.done").write_text(str(code))
+        number += 1
+
+
 if __name__ == "__main__":
-    for command in json.loads(Path(sys.argv[1]).read_text()):
-        main(command)
+    serve(Path(sys.argv[1]))

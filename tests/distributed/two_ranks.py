@@ -1,0 +1,140 @@
+"""Two gloo ranks for the tests of this folder: started once, then given one command after another.
+
+And the recipe that the ranks and the single process train alike.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
+from test_train import command, losses, pictures  # noqa: E402, F401
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS, TIMEOUT, STEPS = 2, 120, 8
+
+
+class Ranks:
+    """Two processes that wait for training commands in `folder` (see worker.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.jobs = folder, 0
+        # One launch at a time: the ranks fill both cores, and DeepSpeed builds its operators once.
+        # In the user's own folder a lock that a killed build has left would hang the job.
+        build = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}"
+        build.mkdir(exist_ok=True)
+        self.alone = (build / ".one-launch").open("w")
+        fcntl.flock(self.alone, fcntl.LOCK_EX)
+        for lock in build.glob("**/lock"):
+            lock.unlink()
+        beside = Path(sys.executable).parent
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TORCH_EXTENSIONS_DIR": str(build),
+            "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}",
+        }
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+        worker = [str(Path(__file__).with_name("worker.py")), str(folder)]
+        self.output = (folder / "launcher.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, *worker],
+            cwd=ROOT, env=environment, stdout=self.output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def codes(self, arguments: list[str], kill: dict[str, Any] | None = None) -> list[int]:
+        """Run a command on both ranks; their exit codes. Behind the first that fails
+        the other has five seconds."""
+        base, self.jobs = self.folder / f"job-{self.jobs}", self.jobs + 1
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = {"command": arguments, "port": port, "kill": kill}
+        draft = base.with_suffix(".draft")
+        draft.write_text(json.dumps(job))
+        draft.rename(base.with_suffix(".json"))
+        files = [Path(f"{base}.{rank}.done") for rank in range(RANKS)]
+        end = time.monotonic() + TIMEOUT
+        while True:
+            texts = [file.read_text() if file.exists() else "" for file in files]
+            if all(texts):
+                return [int(text) for text in texts]
+            if any(text not in ("", "0") for text in texts):
+                end = min(end, time.monotonic() + 5)
+            if time.monotonic() > end:
+                Path(f"{base}.cancel").touch()
+            if self.process.poll() is not None:
+                log = (self.folder / "launcher.log").read_text()
+                raise RuntimeError(f"the launcher ended: {log}")
+            time.sleep(0.02)
+
+    def logs(self) -> str:
+        """The end of what the ranks wrote during the last command."""
+        base = self.folder / f"job-{self.jobs - 1}"
+        logs = [Path(f"{base}.{rank}.log") for rank in range(RANKS)]
+        return "".join(f"\n--- {log.name}\n{log.read_text()[-4000:]}" for log in logs)
+
+    def run(self, arguments: list[str]) -> str:
+        """Run a command to its end; its output. AssertionError if a rank fails or does not end."""
+        codes = self.codes(arguments)
+        assert codes == [0] * RANKS, f"exit codes {codes}{self.logs()}"
+        return self.logs()
+
+    def close(self) -> None:
+        (self.folder / "stop").touch()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            self.process.wait()
+        self.output.close()
+        self.alone.close()
+
+
+def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run in which a rank's batch is one sample. SGD: an error of a gradient's size
+    shows, which Adam's first steps would hide."""
+    return {
+        "model_name_or_path": folder / "base",
+        "pretrain_mm_mlp_adapter": folder / "mm_projector.bin",
+        "per_device_train_batch_size": 1,
+        "max_steps": STEPS,
+        "optim": "sgd",
+        "use_cpu": True,
+        **pictures(folder),
+        **flags,
+    }
+
+
+def need_deepspeed() -> None:
+    """Skip by name without DeepSpeed or a compiler for its operators; in CI that is a failure."""
+    lacking = []
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        lacking.append("deepspeed")
+    lacking += [tool for tool in ("g++", "ninja") if _find_tool(tool) is None]
+    if lacking:
+        text = f"ZeRO is not tested here: no {', '.join(lacking)}"
+        if os.environ.get("LLAVA_REQUIRE_DEEPSPEED") == "1":
+            pytest.fail(text)
+        pytest.skip(text)
+
+
+def _find_tool(name: str) -> str | None:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
