@@ -129,7 +129,8 @@ class DataArguments:
     """What is trained on."""
 
     data_path: str | None = None
-    """LLaVA JSON list or JSONL of samples."""
+    """LLaVA JSON list or JSONL of samples; several as "a.json,b.jsonl@0.5" (a weight behind @), or
+    a YAML or JSON file {datasets: [{path, weight, image_folder}]}."""
     eval_data_path: str | None = None
     """The same for the validation loss."""
     lazy_preprocess: bool = False
@@ -153,6 +154,9 @@ class DataArguments:
     """Keep tokenised samples in memory (small data read many times)."""
     dry_run_data: int = 0
     """Print the supervised text of this many samples and stop."""
+    data_cache_dir: str | None = None
+    """Where large data files are kept as Arrow and token counts are stored; llava/ in the cache of
+    `datasets` (HF_DATASETS_CACHE) by default."""
 
 
 @documented

@@ -4,19 +4,15 @@ Special here: everything that a batch will become is known on the host before a 
 visual tokens of a picture are counted from its size, a sample that is too long is cut so that no
 picture is kept in part and no question without its answer, and every complaint names the sample.
 A batch may mix text-only, one-image and many-image samples; the mask comes from true lengths, so a
-pad id inside the text stays text.
-
-File formats: a JSON list, or JSONL (read by byte offset, never held in memory), of
-``{"id", "image": path or [paths] (optional), "conversations": [{"from", "value"}, ...]}``.
+pad id inside the text stays text. The files themselves are read in records.py.
+``python -m llava.train.train --dry_run_data 5 ...`` shows what samples teach.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +32,7 @@ from llava.model.multimodal_prep import Splicer, tile_counts
 from llava.prompting import pad_texts
 from llava.reduction.base import Signal, check_texts
 from llava.train.preprocess import Encoded, LabelMode, first_turn_texts, preprocess
+from llava.train.records import Records, image_names
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -43,57 +40,6 @@ logger = get_logger(__name__)
 IMAGE_LENGTH = 128
 """What a picture counts in the sampler's word counts (LLaVA's figure)."""
 MAX_WARNINGS = 10
-
-
-# ------------------------------------------------------------------------------------------- files
-class JsonRecords(Sequence[dict[str, Any]]):
-    """The samples of a JSON list or a JSONL file."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"data file not found: {self.path}")
-        self._records: list[Any] | None = None
-        self._offsets: list[int] = []
-        if self.path.suffix == ".jsonl":
-            self._offsets = list(_line_offsets(self.path))
-        else:
-            try:
-                self._records = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{self.path} is not JSON: {error}") from error
-            if not isinstance(self._records, list):
-                raise ValueError(f"{self.path} must hold a JSON list of samples")
-        if len(self) == 0:
-            raise ValueError(f"{self.path} holds no sample")
-
-    def __len__(self) -> int:
-        return len(self._offsets) if self._records is None else len(self._records)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        if self._records is not None:
-            record = self._records[index]
-        else:
-            with open(self.path, "rb") as file:
-                file.seek(self._offsets[index])
-                line = file.readline()
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{self.path}, record {index} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{self.path}, record {index} must be an object, got {record!r:.60}")
-        return record
-
-
-def _line_offsets(path: Path) -> Iterator[int]:
-    """Byte offsets of the lines that are not blank."""
-    offset = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                yield offset
-            offset += len(line)
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -158,7 +104,7 @@ class LazySupervisedDataset(Dataset):
 
     def __init__(
         self,
-        records: Sequence[dict[str, Any]],
+        records: Records | Sequence[Mapping[str, Any]],
         tokenizer: Any,
         conv: Conversation,
         *,
@@ -169,9 +115,8 @@ class LazySupervisedDataset(Dataset):
         cache_text: bool = False,
         skip_bad_samples: bool = False,
         texts: Sequence[Signal] = (),
-        name: str = "data",
     ) -> None:
-        self.records = records
+        self.records = records if isinstance(records, Records) else Records.of(records)
         self.tokenizer = tokenizer
         self.conv = conv
         self.reader = reader
@@ -180,7 +125,6 @@ class LazySupervisedDataset(Dataset):
         self.use_im_start_end = use_im_start_end
         self.skip_bad_samples = skip_bad_samples
         self.texts = texts
-        self.name = name
         self._text: dict[int, Encoded] | None = {} if cache_text else None
         self._warnings: dict[str, int] = {}
 
@@ -191,28 +135,19 @@ class LazySupervisedDataset(Dataset):
     @property
     def modality_lengths(self) -> list[int]:
         """Words of each sample (at least 1), negative for text-only ones (LLaVA's counts)."""
-        lengths = []
-        for record in self.records:
-            words = max(_words(record), 1)
-            lengths.append(words if _image_names(record) else -words)
-        return lengths
+        words = np.maximum(self.records.words, 1)
+        return np.where(self.records.pictured, words, -words).tolist()
 
     @property
     def lengths(self) -> list[int]:
         """Words of each sample, a picture counting as 128."""
-        return [
-            _words(record) + (IMAGE_LENGTH if _image_names(record) else 0)
-            for record in self.records
-        ]
+        return (self.records.words + IMAGE_LENGTH * self.records.pictured).tolist()
 
     # -- samples -----------------------------------------------------------------------------------
     def describe(self, index: int) -> str:
         """How messages name a sample: file, position and its id."""
-        try:
-            ident = self.records[index].get("id", "-")
-        except (ValueError, AttributeError):
-            ident = "-"
-        return f"{self.name}, sample {index} (id {ident})"
+        place = self.records.place(index)
+        return f"{place.name}, sample {place.number} (id {self.records[index].get('id', '-')})"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for step in range(len(self)):
@@ -224,11 +159,11 @@ class LazySupervisedDataset(Dataset):
                 if not self.skip_bad_samples:
                     raise ValueError(message) from error
                 self._warn("bad", f"skipped: {message}")
-        raise ValueError(f"{self.name}: not one sample can be trained on")
+        raise ValueError("not one sample can be trained on")
 
     def _sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        names = _image_names(record)
+        names = self._pictures(index, record)
         if names and self.reader is None:
             raise ValueError(
                 f"has an image ({names[0]}) but the run has no vision tower: give --vision_tower"
@@ -254,6 +189,11 @@ class LazySupervisedDataset(Dataset):
             sample["texts"] = encoded.texts
             check_texts(self.texts if kept else (), encoded.texts)
         return sample
+
+    def _pictures(self, index: int, record: Mapping[str, Any]) -> list[str]:
+        """The picture files of a record, from the folder that its data file comes with."""
+        folder = self.records.image_folder(index)
+        return [os.path.join(folder or "", name) for name in image_names(record)]
 
     def _encode(self, index: int, record: dict[str, Any], n_images: int) -> Encoded:
         if self._text is not None and index in self._text:
@@ -291,18 +231,6 @@ class LazySupervisedDataset(Dataset):
             logger.warning(message)
         if seen == MAX_WARNINGS:
             logger.warning("further warnings of this kind are not shown")
-
-
-def _image_names(record: dict[str, Any]) -> list[str]:
-    """The picture files of a record: none, one, or a list."""
-    names = record.get("image")
-    if not names:
-        return []
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _words(record: dict[str, Any]) -> int:
-    return sum(len(turn["value"].split()) for turn in record.get("conversations", ()))
 
 
 # ---------------------------------------------------------------------------------------- collator

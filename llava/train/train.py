@@ -29,13 +29,13 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.dataset import (
     Collator,
     ImageReader,
-    JsonRecords,
     LazySupervisedDataset,
     check_first_samples,
     supervised_text,
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import training_template
+from llava.train.records import Records, parse_sources
 from llava.train.setup import (
     add_image_tokens,
     check_plan,
@@ -54,12 +54,12 @@ SUMMARY_FILE = "train_summary.json"
 # -------------------------------------------------------------------------------------------- data
 def check_paths(model_args: ModelArguments, data_args: DataArguments) -> None:
     """FileNotFoundError for a file or folder that is not there, before anything large is loaded."""
+    folders = [data_args.image_folder]
     for path in (data_args.data_path, data_args.eval_data_path):
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f"data file not found: {path}")
-    folder = data_args.image_folder
-    if folder and not Path(folder).is_dir():
-        raise FileNotFoundError(f"image folder not found: {folder}")
+        folders += [source.image_folder for source in parse_sources(path)] if path else []
+    for folder in folders:
+        if folder and not Path(folder).is_dir():
+            raise FileNotFoundError(f"image folder not found: {folder}")
     adapter = model_args.pretrain_mm_mlp_adapter
     if adapter and not Path(adapter).is_file():
         raise FileNotFoundError(f"--pretrain_mm_mlp_adapter not found: {adapter}")
@@ -84,9 +84,11 @@ def make_datasets(
             cache_mb=data_args.image_cache_mb,
         )
 
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+
     def dataset(path: str) -> LazySupervisedDataset:
         made = LazySupervisedDataset(
-            JsonRecords(path),
+            Records.open(path, seed=seed, cache_dir=data_args.data_cache_dir),
             tokenizer,
             training_template(model_args.version),
             reader=reader,
@@ -96,7 +98,6 @@ def make_datasets(
             cache_text=data_args.cache_text,
             skip_bad_samples=data_args.skip_bad_samples,
             texts=plan.texts,
-            name=path,
         )
         check_first_samples(made)
         return made

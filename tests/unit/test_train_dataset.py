@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from llava.reduction import ReductionPlan
 from llava.train.dataset import (
     Collator,
     ImageReader,
-    JsonRecords,
     LazySupervisedDataset,
     check_max_length,
     supervised_text,
@@ -68,42 +66,6 @@ def sample(question: str, answer: str, image=None, ident: str = "s1") -> dict:
 def dataset(records, tokenizer, reader=None, **options) -> LazySupervisedDataset:
     conv = training_template("mistral_instruct")
     return LazySupervisedDataset(records, tokenizer, conv, reader=reader, **options)
-
-
-def test_json_and_jsonl_hold_the_same_samples(tmp_path):
-    records = [sample("what", "red", ident=str(i)) for i in range(3)]
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
-    assert list(JsonRecords(tmp_path / "a.json")) == records
-    assert [JsonRecords(tmp_path / "a.jsonl")[i] for i in range(3)] == records
-    assert len(JsonRecords(tmp_path / "a.jsonl")) == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.json", "{not json", "not JSON"),
-        ("a.json", '{"a": 1}', "list of samples"),
-        ("a.json", "[]", "no sample"),
-        ("a.jsonl", "\n", "no sample"),
-    ],
-)
-def test_bad_files_are_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        JsonRecords(tmp_path / name)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
-        JsonRecords(tmp_path / "nowhere.json")
-
-
-def test_a_bad_jsonl_line_is_numbered(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text(json.dumps(sample("what", "red")) + "\n{oops\n")
-    records = JsonRecords(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="record 1 is not JSON"):
-        records[1]
 
 
 def test_a_batch_may_mix_none_one_and_two_pictures(tokenizer, reader):
