@@ -28,7 +28,10 @@ USER_ERRORS = (ValueError, OSError)
 """What ``user_errors`` calls a user's mistake: bad values (JSON and Unicode errors are ValueErrors)
 and files (FileNotFoundError and PIL's UnidentifiedImageError are OSErrors)."""
 
-_VERSIONED = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "pillow", "safetensors")
+_VERSIONED = (
+    "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "bitsandbytes",
+    "numpy", "pillow", "safetensors",
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- logging, progress

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -306,14 +307,31 @@ def train_flops(
     logit_rows: int,
     *,
     checkpointing: bool = False,
+    frozen: bool = False,
 ) -> int:
-    """Forward and backward with every decoder weight trained.
+    """Forward and backward of the decoder.
 
     A layer costs 3 forwards (forward, gradient of inputs, gradient of weights), 4 when it is
     computed again under gradient checkpointing; the head costs 3 on its rows. The tower is apart.
+    frozen: no weight of it is trained, so the gradients of weights are spared (what adapters add is
+    not counted); of a layer program the share of the weights is taken to be that of a usual layer.
     """
     layers = sum(stage_flops(shape, stage) for stage in stages)
-    return (4 if checkpointing else 3) * layers + 3 * head_flops(shape, logit_rows)
+    head = head_flops(shape, logit_rows)
+    total = (4 if checkpointing else 3) * layers + 3 * head
+    if frozen:
+        total -= head + sum(_weight_flops(shape, stage) for stage in stages)
+    return total
+
+
+def _weight_flops(shape: ModelShape, stage: StageFacts) -> int:
+    """The part of `stage_flops` that multiplies by weights."""
+    usual = [
+        _usual_cost(shape, *sample).flops
+        for sample in zip(stage.lengths, stage.visual, strict=True)
+    ]
+    products = sum(2 * length * shape.layer_weights for length in stage.lengths)
+    return round(stage_flops(shape, stage) * products / max(sum(usual), 1))
 
 
 def tower_flops(shape: ModelShape, tiles: int) -> int:
@@ -360,18 +378,32 @@ class Machine:
 
 
 MACHINES: tuple[tuple[str, Machine], ...] = (
-    ("H200", Machine("H200", 989e12, 4.8e12)),
+    ("B200", Machine("B200", 2250e12, 8.0e12)),
+    ("H200 NVL", Machine("H200 NVL", 835e12, 4.8e12)),
+    ("H200", Machine("H200 SXM", 989e12, 4.8e12)),
+    ("H100 PCIe", Machine("H100 PCIe", 756e12, 2.0e12)),
+    ("H100 NVL", Machine("H100 NVL", 835e12, 3.9e12)),
     ("H100", Machine("H100 SXM", 989e12, 3.35e12)),
     ("A100", Machine("A100 80G", 312e12, 2.04e12)),
     ("L40S", Machine("L40S", 362e12, 0.864e12)),
-    ("4090", Machine("RTX 4090", 165e12, 1.008e12)),
+    ("L40", Machine("L40", 181e12, 0.864e12)),
+    ("A40", Machine("A40", 149.7e12, 0.696e12)),
+    ("A30", Machine("A30", 165e12, 0.933e12)),
+    ("L4", Machine("L4", 121e12, 0.3e12)),
+    ("RTX 4090", Machine("RTX 4090", 165e12, 1.008e12)),
+    ("RTX 3090", Machine("RTX 3090", 71e12, 0.936e12)),
 )
-"""Data sheet figures, found by a piece of the device's name."""
+"""NVIDIA's data sheets (without sparsity; GeForce: the architecture's white paper, 32-bit
+accumulation), found by words of the device's name, the first that fit."""
 
 
 def find_machine(device_name: str) -> Machine | None:
-    """The data sheet of a GPU, or None where it is not known (then only FLOPs ratios are shown)."""
-    return next((machine for key, machine in MACHINES if key in device_name), None)
+    """The data sheet of a GPU, or None where it is not known (then only FLOPs ratios are shown),
+    a slice of a GPU (MIG) included."""
+    if "MIG" in device_name:
+        return None
+    words = ((re.compile(rf"\b{re.escape(key)}\b"), machine) for key, machine in MACHINES)
+    return next((machine for pattern, machine in words if pattern.search(device_name)), None)
 
 
 def prefill_seconds(

@@ -229,6 +229,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """No effect: set TENSORBOARD_LOGGING_DIR."""
     save_safetensors: bool = True
     """Weights are always saved as safetensors."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device, for the MFU; known for common GPUs in 16 bit, left out else."""
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_there()

@@ -1,12 +1,14 @@
 """What a run tells while it goes: one line a logging step.
 
 Special here: plain lines instead of bars, the same on a terminal, in a log file and under Slurm.
+The figures come from `llava.train.telemetry`, so they are those that wandb and tensorboard get.
 ``python -m llava.train.train --logging_steps 10 ...``
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -17,7 +19,7 @@ logger = get_logger(__name__)
 
 
 class ProgressLines(TrainerCallback):
-    """One line a logging step: step, loss, learning rate, samples per second, time left."""
+    """One line a logging step: step, loss, learning rate, speed, what is short, time left."""
 
     def __init__(self) -> None:
         self.started = 0.0
@@ -43,7 +45,6 @@ class ProgressLines(TrainerCallback):
         done = state.global_step - self.first_step
         seconds = time.monotonic() - self.started
         per_step = seconds / done if done else 0.0
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if "eval_loss" in logs:
             parts.append(f"validation loss {logs['eval_loss']:.4f}")
@@ -52,10 +53,33 @@ class ProgressLines(TrainerCallback):
                 f"loss {logs['loss']:.4f}",
                 f"grad {float(logs.get('grad_norm', 0.0)):.2f}",
                 f"lr {logs.get('learning_rate', 0.0):.2e}",
-                f"{batch / per_step if per_step else 0.0:.1f} samples/s",
+                *_speed(logs),
                 f"left {_clock(per_step * (state.max_steps - state.global_step))}",
             ]
         logger.info("  ".join(parts))
+
+
+WAIT_TO_TELL = 0.05
+"""Share of a step spent waiting for data from which on a line says so."""
+
+
+def _speed(logs: Mapping[str, float]) -> list[str]:
+    """Samples a second; tokens a second, those computed behind the arrow when a plan drops some;
+    MFU and peak memory on a GPU that is known; waiting for data when there is much of it."""
+    parts = []
+    if "samples_per_second" in logs:
+        parts.append(f"{logs['samples_per_second']:.1f} samples/s")
+    if "tokens_per_second" in logs:
+        tokens = [logs["tokens_per_second"], logs["computed_tokens_per_second"]]
+        shown = dict.fromkeys(f"{value:.0f}" for value in tokens)
+        parts.append(f"{'>'.join(shown)} tokens/s")
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.0%}")
+    if "memory_peak_gib" in logs:
+        parts.append(f"{logs['memory_peak_gib']:.1f} GiB")
+    if logs.get("data_wait_share", 0.0) >= WAIT_TO_TELL:
+        parts.append(f"waits for data {logs['data_wait_share']:.0%}")
+    return parts
 
 
 def _clock(seconds: float) -> str:

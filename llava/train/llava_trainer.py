@@ -30,6 +30,7 @@ from llava.train.saving import (
     projector_state,
     staging_folder,
 )
+from llava.train.telemetry import meter_of
 from llava.utils import atomic_write
 
 
@@ -50,6 +51,8 @@ class LLaVATrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressLines())
+        self.meter = meter_of(self.model, self.args)
+        self.add_callback(self.meter.totals)
 
     # -- data --------------------------------------------------------------------------------------
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -76,6 +79,31 @@ class LLaVATrainer(Trainer):
             return super()._get_train_sampler(dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         return EpochSeeded(seed, len(dataset), order)
+
+    # -- figures -----------------------------------------------------------------------------------
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
+        """As Trainer's; the wait and what was fetched are counted."""
+        with self.meter.waiting():
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.meter.count(batch)
+        return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the telemetry of all ranks beside the loss."""
+        if "loss" in logs:
+            logs |= self.meter.report()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; its time is left out of all rates."""
+        with self.meter.left_out():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.meter.flush()  # the sums belong to the checkpoint
+        with self.meter.left_out():
+            super()._save_checkpoint(*args, **kwargs)
 
     # -- loss --------------------------------------------------------------------------------------
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from llava.train.setup import (
     load_tokenizer,
     write_settings,
 )
+from llava.train.telemetry import changed_flags, file_hash, run_figures
 from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
 
 logger = get_logger("llava.train.train")
@@ -149,18 +149,22 @@ def train(
         projector_only=model_args.tune_mm_mlp_adapter,
         image_processor=getattr(model.get_vision_tower(), "image_processor", None),
     )
-    started = time.time()
     result = fit(trainer, checkpoint_to_resume(training_args))
+    trainer.meter.flush()
     trainer.save_state()
     trainer.save_model(training_args.output_dir)
+    trainer.meter.flush()
     return {
-        "seconds": round(time.time() - started, 1),
+        **run_figures(trainer.meter),
         "steps": result.global_step,
         "train_loss": result.training_loss,
         "samples": len(train_set),
         "trained_parameters": counts,
         "plan": model.config.visual_token_reduction,
+        "data_hash": file_hash(str(data_args.data_path)),
+        "flags": changed_flags(model_args, data_args, training_args),
         "seed": training_args.seed,
+        "data_seed": training_args.data_seed,
         "environment": environment(),
     }
 
@@ -206,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     model_args, data_args, training_args = parse_args(arguments)
     summary = train(model_args, data_args, training_args)
-    if summary:
+    if summary and training_args.process_index == 0:
         path = Path(training_args.output_dir) / SUMMARY_FILE
         json_dump(path, {"command": arguments, **summary})
         logger.info("saved to %s (%.0f s)", training_args.output_dir, summary["seconds"])
