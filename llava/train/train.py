@@ -114,10 +114,11 @@ def show_samples(dataset: LazySupervisedDataset, tokenizer: Any, count: int) -> 
 
 
 # --------------------------------------------------------------------------------------------- run
-def train(
+def make_trainer(
     model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
-) -> dict[str, Any]:
-    """One training run from parsed arguments; returns what is written to train_summary.json."""
+) -> tuple[LLaVATrainer | None, dict[str, int]]:
+    """Everything up to the first step, and how many parameters of each part are trained; no trainer
+    when samples were only to be shown."""
     check_paths(model_args, data_args)
     start_processes(training_args)
     set_seed(training_args.seed)
@@ -138,7 +139,7 @@ def train(
     logger.info("%s: %d samples", data_args.data_path, len(train_set))
     if data_args.dry_run_data:
         show_samples(train_set, tokenizer, data_args.dry_run_data)
-        return {}
+        return None, counts
     trainer = LLaVATrainer(
         model=model,
         args=training_args,
@@ -149,6 +150,16 @@ def train(
         projector_only=model_args.tune_mm_mlp_adapter,
         image_processor=getattr(model.get_vision_tower(), "image_processor", None),
     )
+    return trainer, counts
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> dict[str, Any]:
+    """One training run from parsed arguments; returns what is written to train_summary.json."""
+    trainer, counts = make_trainer(model_args, data_args, training_args)
+    if trainer is None:
+        return {}
     result = fit(trainer, checkpoint_to_resume(training_args))
     trainer.meter.flush()
     trainer.save_state()
@@ -158,9 +169,9 @@ def train(
         **run_figures(trainer.meter),
         "steps": result.global_step,
         "train_loss": result.training_loss,
-        "samples": len(train_set),
+        "samples": len(trainer.train_dataset),
         "trained_parameters": counts,
-        "plan": model.config.visual_token_reduction,
+        "plan": trainer.model.config.visual_token_reduction,
         "data_hash": file_hash(str(data_args.data_path)),
         "flags": changed_flags(model_args, data_args, training_args),
         "seed": training_args.seed,
