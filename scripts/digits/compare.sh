@@ -14,7 +14,7 @@
 # Runs that are done are skipped, an interrupted one resumes. The tables: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-source scripts/digits/common.sh
+source scripts/digits/lib.sh
 
 if [ "$SMOKE" = 1 ]; then
   SEEDS=${SEEDS:-0 1} COMPARE_STEPS=${COMPARE_STEPS:-2} LIMIT=${LIMIT:-16}

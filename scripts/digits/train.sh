@@ -12,8 +12,7 @@
 # What is learned when, and how long it takes: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-source scripts/digits/common.sh
+source scripts/digits/lib.sh
 
 PLAN=${PLAN:-both}
 case "$PLAN" in

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +23,7 @@ from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
 SCRIPT = ROOT / "scripts" / "digits" / "train.sh"
+COMPARE = SCRIPT.with_name("compare.sh")
 
 
 @pytest.fixture(scope="module")
@@ -223,16 +222,76 @@ def test_the_readme_says_which_stages_dropped() -> None:
 
 
 # ----------------------------------------------------------------------------------------- script
-def test_the_scripts_flags_are_known_to_the_entry_point() -> None:
-    from llava.train.arguments import build_parser
+def commands(script: Path, folder: Path, **variables: str) -> list[list[str]]:
+    """The commands a script gives to Python, when each of them does nothing."""
+    stub, log = folder / "python", folder / "log"
+    stub.write_text(f"#!/usr/bin/env bash\nprintf '%s\\x1f' \"$@\" >>{log}; echo >>{log}\n")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "WORK": str(folder / "work"), "SMOKE": "0"}
+    run = subprocess.run(
+        ["bash", str(script)],
+        env={**environment, "OUT": str(folder / "out"), **variables},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return [line.split("\x1f")[1:-1] for line in log.read_text().splitlines()]
 
-    parser: argparse.ArgumentParser = build_parser()
-    known = {option for action in parser._actions for option in action.option_strings}
-    used = set(re.findall(r"--[a-z0-9_]+(?=[ \n])", SCRIPT.read_text()))
-    modules = {"--out", "--seed", "--parts", "--steps", "--tower", "--tokenizer", "--base"}
-    modules |= {"--stages", "--plan"}
-    assert len(used - modules) > 20
-    assert used - modules <= known
+
+def of_module(found: list[list[str]], module: str) -> list[list[str]]:
+    return [words[1:] for words in found if words[0] == module]
+
+
+@pytest.mark.parametrize("plan", ["none", "pyramiddrop"])
+def test_every_stage_is_a_run_of_the_training_entry_point(tmp_path: Path, plan: str) -> None:
+    from llava.train.arguments import parse_args
+
+    found = commands(SCRIPT, tmp_path, PLAN=plan)
+    stages = [parse_args(words) for words in of_module(found, "llava.train.train")]
+    names = [Path(training.output_dir).name for _, _, training in stages]
+    dropping = plan != "none"
+    assert names == ["align", "facts", "relations", "questions"] + ["answers"] * dropping
+    assert all(
+        (model.plan() is not None and bool(model.plan())) == dropping for model, _, _ in stages
+    )
+
+
+def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
+    """Three seeds; within one, the arms' commands differ in the plan and the folder alone, and all
+    runs start from the same stage 1."""
+    from llava.eval.run import parser
+    from llava.reduction.flags import plan_from_args
+    from llava.train.arguments import parse_args
+
+    found = commands(COMPARE, tmp_path)
+    stages = [parse_args(words) for words in of_module(found, "llava.train.train")]
+    names = [Path(training.output_dir).name for _, _, training in stages]
+    assert names[:3] == ["align", "facts", "relations"]
+    arms: dict[int, dict[str, dict]] = {}
+    for (model, data, training), name in zip(stages[3:], names[3:], strict=True):
+        facts = {**vars(model), **vars(data), **training.to_dict()}
+        assert Path(facts.pop("output_dir")).parent.name == f"seed-{training.seed}"
+        del facts["logging_dir"]
+        arms.setdefault(training.seed, {})[name] = facts
+        assert Path(model.model_name_or_path) == tmp_path / "work" / "none" / "relations"
+    assert sorted(arms) == [0, 1, 2]
+    plans: set[tuple[str, ...]] = set()
+    for runs in arms.values():
+        assert list(runs) == ["none", "pyramiddrop", "gentle"]
+        plans.add(tuple(run.pop("reduction") for run in runs.values()))
+        assert runs["none"] == runs["pyramiddrop"] == runs["gentle"]
+    ((none, plan, gentle),) = plans
+    assert none == "none"
+    assert plan == "pyramiddrop:layers=[2,4,5],ratios=[0.6,0.36,0.216]"
+    asked = [parser().parse_args(words[1:]) for words in of_module(found, "llava.cli")]
+    pairs = [
+        (Path(args.model_path).name, str(plan_from_args(args)) == plan, Path(args.results).name)
+        for args in asked
+    ]
+    one = [("none", False, "none-with-none"), ("none", True, "none-with-pyramiddrop"),
+           ("pyramiddrop", False, "pyramiddrop-with-none"),
+           ("pyramiddrop", True, "pyramiddrop-with-pyramiddrop")]  # fmt: skip
+    assert pairs == 3 * one + 3 * [("gentle", False, "gentle-with-gentle")]
+    assert {str(plan_from_args(args)) for args in asked[-3:]} == {gentle}
 
 
 def test_the_script_refuses_an_unknown_plan() -> None:
