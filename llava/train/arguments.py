@@ -231,6 +231,11 @@ class TrainingArguments(transformers.TrainingArguments):
     """Weights are always saved as safetensors."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for the MFU; known for common GPUs in 16 bit, left out else."""
+    logging_nan_inf_filter: bool = False
+    """Leave losses that are not finite out of the logged mean."""
+    nan_guard: bool = True
+    """Stop (exit code 3) in front of the first update whose loss or gradient is not finite, naming
+    the first bad tensor and the samples in nan_report.json."""
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_there()
@@ -277,6 +282,9 @@ class TrainingArguments(transformers.TrainingArguments):
             if not self.warmup_steps:  # explicit steps win, as they always did
                 self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
         self.use_cpu = self.use_cpu or self.no_cuda
+        if self.enable_jit_checkpoint:
+            logger.info("--enable_jit_checkpoint: every run saves when it gets SIGTERM or SIGUSR1")
+            self.enable_jit_checkpoint = False  # its ranks do not agree on the step
 
     def _match_device(self) -> None:
         """Without a GPU: train on the CPU. What only a GPU has is turned off, bfloat16 too unless

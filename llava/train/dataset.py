@@ -96,7 +96,8 @@ class LazySupervisedDataset(Dataset):
     """Samples of a training file; pictures are opened and text is tokenised on access.
 
     `__getitem__` returns a dict of ``input_ids`` and ``labels`` (lists), ``images`` (list of
-    tensors) and ``image_sizes`` (list of (width, height)). Raises ValueError, naming the sample,
+    tensors), ``image_sizes`` (list of (width, height)) and ``index`` (its own, for `describe`).
+    Raises ValueError, naming the sample,
     for anything that cannot be trained on; with `skip_bad_samples` the next sample takes its
     place, with a warning. `cache_text` keeps ids and labels in memory. `texts` are what the plan
     compares pictures with (`ReductionPlan.texts`); a sample then also has ``texts``, ids by name.
@@ -184,6 +185,7 @@ class LazySupervisedDataset(Dataset):
             "labels": fitted.labels,
             "images": [pixels for pixels, _ in kept],
             "image_sizes": [size for _, size in kept],
+            "index": index,
         }
         if self.texts:
             sample["texts"] = encoded.texts
@@ -242,7 +244,8 @@ class Collator:
     [n, 3, H, W] if all pictures have one shape, else a list; absent when there is none) and
     image_sizes, one entry a picture in the order of the batch; with a `splicer` (of the model) also
     `splice`: where every token of the batch will stand, padded or `packed`, so that the forward
-    pass reads nothing back from the device. Texts that the plan compares with are in `splice`,
+    pass reads nothing back from the device; and ``ids``, which samples these are (the trainer takes
+    them out again). Texts that the plan compares with are in `splice`,
     without a splicer in `texts`.
     """
 
@@ -271,6 +274,8 @@ class Collator:
             same = all(pixels.shape == images[0].shape for pixels in images)
             batch["images"] = torch.stack(images) if same else images
             batch["image_sizes"] = sizes
+        if all("index" in sample for sample in samples):
+            batch["ids"] = [sample["index"] for sample in samples]
         texts = pad_texts([sample.get("texts", {}) for sample in samples])
         if texts and self.splicer is None:
             batch["texts"] = texts

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, trainer_pt_utils
 
 from llava.constants import IGNORE_INDEX
 from llava.train.callbacks import ProgressLines
+from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
+from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
 from llava.train.sampler import EpochSeeded, LengthGroupedSampler
 from llava.train.saving import (
     PROJECTOR_FILE,
@@ -53,8 +55,14 @@ class LLaVATrainer(Trainer):
         self.add_callback(ProgressLines())
         self.meter = meter_of(self.model, self.args)
         self.add_callback(self.meter.totals)
+        scaled = getattr(self.accelerator, "mixed_precision", "no") == "fp16"
+        self.guard = StepGuard(self.args.device, nan_guard=self.args.nan_guard, scaled=scaled)
+        self.add_callback(StopOnSignal(self.guard))
 
     # -- data --------------------------------------------------------------------------------------
+    def get_train_dataloader(self) -> DataLoader:
+        return in_own_groups(super().get_train_dataloader())
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         args = self.args
@@ -123,13 +131,32 @@ class LLaVATrainer(Trainer):
     ) -> Any:
         """The loss on the rows that have a target; validation takes the batch's mean."""
         outputs = model(
-            **inputs,
+            **{name: value for name, value in inputs.items() if name != "ids"},
             logits_to_keep="targets",
             loss_mean="batch" if num_items_in_batch is None else "tokens",
             num_items_in_batch=num_items_in_batch,
         )
         loss = outputs.loss
         return (loss, outputs) if return_outputs else loss
+
+    # -- a step's end ------------------------------------------------------------------------------
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.saw(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm; called once a step in front of the update, where the ranks agree
+        whether the step is good and the run goes on."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        verdict = self.guard.judge(norm)
+        if verdict.not_finite:
+            stop_not_finite(self, self.guard, verdict)
+        self.guard.stopping = verdict.signal
+        self.guard.forget()
+        return norm
 
     # -- optimizer ---------------------------------------------------------------------------------
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -35,6 +35,7 @@ from llava.train.dataset import (
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
+from llava.train.safety import EXIT_PREEMPTED, RunStopped
 from llava.train.setup import (
     add_image_tokens,
     check_plan,
@@ -160,11 +161,12 @@ def train(
     trainer, counts = make_trainer(model_args, data_args, training_args)
     if trainer is None:
         return {}
-    result = fit(trainer, checkpoint_to_resume(training_args))
-    trainer.meter.flush()
-    trainer.save_state()
-    trainer.save_model(training_args.output_dir)
-    trainer.meter.flush()
+    with trainer.guard.catching_signals():
+        result = fit(trainer, checkpoint_to_resume(training_args))
+        trainer.meter.flush()
+        trainer.save_state()
+        trainer.save_model(training_args.output_dir)
+        trainer.meter.flush()
     return {
         **run_figures(trainer.meter),
         "steps": result.global_step,
@@ -193,14 +195,19 @@ def start_processes(training_args: TrainingArguments) -> None:
 
 
 def fit(trainer: LLaVATrainer, resume: str | bool | None) -> Any:
-    """Trainer.train, with the complaint of a data worker in place of its traceback."""
+    """Trainer.train, with the complaint of a data worker in place of its traceback. A run that a
+    signal stopped ends here with exit code 75."""
     try:
-        return trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=resume)
     except ValueError as error:
         text = str(error)
         if "Original Traceback" not in text:
             raise
         raise ValueError(text.strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    if trainer.guard.stopping:
+        logger.warning("stopped after step %d; the same command goes on", result.global_step)
+        raise RunStopped(EXIT_PREEMPTED)
+    return result
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:

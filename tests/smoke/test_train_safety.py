@@ -1,0 +1,177 @@
+"""What stops a run and what it leaves behind: a loss that is not finite, a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava.train import train as entry
+from llava.train.safety import EXIT_NOT_FINITE, EXIT_PREEMPTED
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_train import command, losses, pictures  # noqa: E402
+from train_fixtures import COLOURS, WORDS, write_all  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+WHITE = WORDS.index("white")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("safety")
+    write_all(folder)
+    return folder
+
+
+def start(files: Path, out: Path, **flags: Any) -> list[str]:
+    """A run with pictures from random weights."""
+    return command(
+        **{
+            "init_from_config": files / "config",
+            "output_dir": out,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "max_steps": 6,
+            **pictures(files),
+            **flags,
+        }
+    )
+
+
+# --------------------------------------------------------------------------------------------- NaN
+class NanBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def white_is_nan(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.masked_fill((args[0] == WHITE)[..., None], float("nan"))
+
+
+def from_the_fourth_call(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    module.calls = getattr(module, "calls", 0) + 1
+    return output / 0 if module.calls > 3 else output
+
+
+FAULTS = {
+    # where, fault, what is not finite, step, first bad tensor, does it name samples
+    "sample": ("model.embed_tokens", white_is_nan, "loss", 1, "output of model.embed_tokens", True),
+    "layer": (
+        "model.layers.2.mlp.act_fn", from_the_fourth_call, "loss", 4,
+        "output of model.layers.2.mlp.act_fn", False,
+    ),
+    "gradient": (
+        "model.layers.1.mlp", lambda module, args, output: NanBackward.apply(output), "gradient", 1,
+        "gradient of model.layers.1.mlp.down_proj.weight", False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nan_guard_names_the_first_bad_tensor_and_the_samples(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    where, hook, what, step, first, per_sample = FAULTS[fault]
+    load = entry.load_model
+
+    def faulty(*args: Any) -> Any:
+        model = load(*args)
+        model.get_submodule(where).register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr(entry, "load_model", faulty)
+    with pytest.raises(SystemExit) as stop:
+        entry.main(start(files, tmp_path, gradient_accumulation_steps=1 + (fault == "sample")))
+    assert stop.value.code == EXIT_NOT_FINITE
+    report = json.loads((tmp_path / "nan_report.json").read_text())
+    (found,) = report["ranks"]
+    assert (report["step"], report["not_finite"]) == (step, what)
+    assert found["first_bad"]["tensor"] == first
+    assert found["first_bad"]["nan"] + found["first_bad"]["inf"] > 0
+    alone = found["samples_alone"]
+    if per_sample:  # all eight are in the step; those with the word are named, and only those
+        names = [f"(id {i})" for i in range(8) if i % 4 == COLOURS.index("white")]
+        assert all(any(name in line for line in alone) for name in names)
+        assert len(alone) == len(names) + 1  # and sample 2, whose second picture is white
+    assert report["checkpoints"] == (["checkpoint-2"] if step == 4 else [])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------- signals
+def test_a_signal_saves_stops_and_resumes_as_if_nothing_had_happened(
+    files: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to the whole process group, data workers included, as Slurm sends it; twice."""
+    flags = start(
+        files, tmp_path / "run", max_steps=8, save_strategy="no", gradient_accumulation_steps=2,
+        dataloader_num_workers=1, per_device_train_batch_size=3,
+    )  # fmt: skip
+    entry.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    script = tmp_path / "slow.py"  # a step takes long enough to be hit
+    script.write_text(
+        "import sys, time\n"
+        "from llava.train.llava_trainer import LLaVATrainer\n"
+        "from llava.train.train import main\n"
+        "step = LLaVATrainer.training_step\n"
+        "def slow(self, *args):\n"
+        "    print('step', self.state.global_step, flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    return step(self, *args)\n"
+        "LLaVATrainer.training_step = slow\n"
+        "main(sys.argv[1:])\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, str(script), *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("step 3"):
+            break
+    os.killpg(run.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, messages = run.communicate(timeout=120)
+    assert run.returncode == EXIT_PREEMPTED, messages
+    assert "SIGTERM: saving after step 4" in messages
+    assert "Traceback" not in messages
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert saved.name == "checkpoint-4"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    entry.main(flags)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_a_signal_at_the_last_step_changes_nothing(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = entry.LLaVATrainer.training_step
+
+    def signalled(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, *args)
+
+    monkeypatch.setattr(entry.LLaVATrainer, "training_step", signalled)
+    before = signal.getsignal(signal.SIGUSR1)
+    entry.main(start(files, tmp_path, max_steps=2, save_strategy="no"))
+    assert (tmp_path / "train_summary.json").is_file()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGUSR1) == before
