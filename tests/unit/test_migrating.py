@@ -125,6 +125,8 @@ def bash_script(words: list[str], env: dict[str, str]) -> str | None:
 
 def parse(module: str, words: list[str]) -> str | None:
     """Hand the words to the parser of a module's command line."""
+    if module in ("deepspeed.launcher.runner", "torch.distributed.run"):  # on a machine with GPUs
+        return parse("llava.train.train", words[words.index("llava.train.train") + 1 :])
     if not module.startswith("llava."):
         return f"{module} is not of this package"
     try:
@@ -151,8 +153,8 @@ def run_to_the_parser(function: Any, words: list[str]) -> str | None:
             function(*arguments)
     except SystemExit:
         return said.getvalue().strip().splitlines()[-1]
-    except ValueError as error:
-        return str(error)
+    except ValueError as error:  # a head mask is the user's
+        return None if "does not exist" in str(error) and ".npy" in str(error) else str(error)
     except Parsed as parsed:
         return wrong_plans(getattr(parsed.args[0], "reduction", None))
     assert function.__name__ == "parse_args", f"{function} ran without parsing"

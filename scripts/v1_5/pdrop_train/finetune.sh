@@ -2,54 +2,25 @@
 # LLaVA-1.5 stage 2 with PyramidDrop: language model and projector learn from instructions.
 #
 #   MODEL=/models/vicuna-7b-v1.5 bash scripts/v1_5/pdrop_train/finetune.sh [more flags]
+#   PROJECTOR=mm_projector.bin REDUCTION=none bash scripts/v1_5/pdrop_train/finetune.sh
 #
-# PROJECTOR          mm_projector.bin of stage 1
-# REDUCTION=none     the same recipe without dropping (any plan may stand here)
-# MODEL, VISION_TOWER, DATA_PATH, IMAGE_FOLDER, OUTPUT_DIR   where things are
-# BATCH, ACCUMULATE  samples a step = BATCH * ACCUMULATE; LLaVA's recipe has 128
-# DRY_RUN=1          print the command
-# One process on one GPU (or the CPU). Further flags override those below.
+# Other variables: scripts/train_lib.sh.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../lib.sh"
-PY=${PY:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/../../train_lib.sh"
 
-MODEL=${MODEL:-lmsys/vicuna-7b-v1.5}
-plan=(--layer_list "[8,16,24]" --image_token_ratio_list "[0.5,0.25,0.125]")
-[ -n "${REDUCTION:-}" ] && plan=(--reduction "$REDUCTION")
+default SIZE 7b
+one_of SIZE 7b 13b
+default MODEL "lmsys/vicuna-$SIZE-v1.5"
+default PROJECTOR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)-pretrain/mm_projector.bin"
+default DATA_PATH ./playground/data/llava_v1_5_mix665k.json
+default IMAGE_FOLDER ./playground/data
+default OUTPUT_DIR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)"
 
-run "$PY" -m llava.train.train_mem_pdrop \
-  --model_name_or_path "$MODEL" \
+run_train 128 16 zero3 \
   --version v1 \
-  --data_path "${DATA_PATH:-./playground/data/llava_v1_5_mix665k.json}" \
-  --image_folder "${IMAGE_FOLDER:-./playground/data}" \
-  --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}" \
-  --pretrain_mm_mlp_adapter "${PROJECTOR:-./checkpoints/llava-v1.5-7b-pdrop-pretrain/mm_projector.bin}" \
-  --mm_projector_type mlp2x_gelu \
-  --mm_vision_select_layer -2 \
-  --mm_use_im_start_end False \
-  --mm_use_im_patch_token False \
+  --pretrain_mm_mlp_adapter "$PROJECTOR" \
   --image_aspect_ratio pad \
   --group_by_modality_length True \
-  "${plan[@]}" \
-  --bf16 True \
-  --output_dir "${OUTPUT_DIR:-./checkpoints/llava-v1.5-7b-pdrop}" \
-  --num_train_epochs 1 \
-  --per_device_train_batch_size "${BATCH:-16}" \
-  --per_device_eval_batch_size 4 \
-  --gradient_accumulation_steps "${ACCUMULATE:-8}" \
-  --evaluation_strategy no \
-  --save_strategy steps \
-  --save_steps 50000 \
-  --save_total_limit 1 \
   --learning_rate 2e-5 \
-  --weight_decay 0. \
-  --warmup_ratio 0.03 \
-  --lr_scheduler_type cosine \
-  --logging_steps 1 \
-  --tf32 True \
   --model_max_length 2048 \
-  --gradient_checkpointing True \
-  --dataloader_num_workers 4 \
-  --lazy_preprocess True \
-  --report_to wandb \
   "$@"

@@ -1,0 +1,296 @@
+"""The training scripts: their commands through the real parsers, on any launcher; every one of them
+runs real steps. Recipe values are those of LLaVA's, PyramidDrop's, Open-LLaVA-NeXT's and YOPO's
+shipped scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.reduction import ReductionPlan
+from llava.train.arguments import parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+PYRAMID = "pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]"
+YOPO = "yopo:layers=20,heads=0.75,window=5,ffn=2"
+
+# script -> samples a step, most of them a GPU takes, DeepSpeed config, flags by their parsed name
+NEXT = {
+    "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
+    "model_max_length": 4096, "save_steps": 50000,
+}  # fmt: skip
+STAGE_1 = {"version": "plain", "tune_mm_mlp_adapter": True, "learning_rate": 1e-3}
+STAGE_2 = {
+    "version": "v1", "tune_mm_mlp_adapter": False, "group_by_modality_length": True,
+    "learning_rate": 2e-5,
+}  # fmt: skip
+ONE_5 = {"mm_patch_merge_type": "flat", "model_max_length": 2048, "unfreeze_mm_vision_tower": False}
+RECIPES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
+    "v1_5/pdrop_train/pretrain": (
+        256, 32, "zero2", {**ONE_5, **STAGE_1, "image_aspect_ratio": "square", "save_steps": 24000},
+    ),
+    "v1_5/pdrop_train/finetune": (
+        128, 16, "zero3", {**ONE_5, **STAGE_2, "image_aspect_ratio": "pad", "save_steps": 50000},
+    ),
+    "v1_5/finetune_yopo": (
+        128, 8, "zero3",
+        {**ONE_5, **STAGE_2, "image_aspect_ratio": "pad", "model_max_length": 1560,
+         "model_name_or_path": "lmsys/vicuna-13b-v1.5"},
+    ),
+    "v1_6/pdrop_train/pretrain": (256, 8, "zero2", {**NEXT, **STAGE_1}),
+    "v1_6/pdrop_train/finetune": (
+        128, 4, "zero2",
+        {**NEXT, **STAGE_2, "unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 2e-6},
+    ),
+}  # fmt: skip
+LLAVAS_OWN = {
+    "v1_5/pretrain": "v1_5/pdrop_train/pretrain",
+    "v1_5/finetune": "v1_5/pdrop_train/finetune",
+}
+COMMON = {
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False, "vision_tower": "openai/clip-vit-large-patch14-336",
+    "num_train_epochs": 1.0, "weight_decay": 0.0, "gradient_checkpointing": True,
+    "save_total_limit": 1, "logging_steps": 1, "dataloader_num_workers": 4, "packed": True,
+}  # fmt: skip
+
+
+def test_no_script_is_left_out() -> None:
+    found = {
+        str(path.relative_to(ROOT / "scripts").with_suffix(""))
+        for pattern in ("v1_*/*train/*.sh", "v1_*/*.sh")
+        for path in (ROOT / "scripts").glob(pattern)
+    }
+    assert found == {*RECIPES, *LLAVAS_OWN}
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that gives this machine a number of GPUs, as far as scripts can see."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_NTASKS", "GPUS", "LAUNCHER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PY", sys.executable)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(ROOT)
+
+    def with_gpus(count: int) -> None:
+        lines = "".join(f"echo 'GPU {i}: stand-in'\n" for i in range(count))
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    with_gpus(0)
+    return with_gpus
+
+
+def start(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", f"scripts/{script}.sh", *words],
+        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def dry_run(script: str, *words: str, **variables: str) -> list[str]:
+    """The one command that a script would run."""
+    variables = {"HEADS": "heads.npy", **variables}
+    if "yopo" in script:
+        variables = {"REDUCTION": YOPO, **variables}
+    result = start(script, *words, DRY_RUN="1", **variables)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    return shlex.split(line)
+
+
+def refusal(script: str, **variables: str) -> str:
+    result = start(script, DRY_RUN="1", **variables)
+    assert result.returncode == 2, result.stdout
+    assert not result.stdout
+    return result.stderr
+
+
+def split(words: list[str]) -> tuple[Any, list[str]]:
+    """(the launcher's own parsed flags or None, the training flags) of a command."""
+    assert words[0] == sys.executable
+    assert words[1] == "-m"
+    if words[2] == "deepspeed.launcher.runner":
+        runner = pytest.importorskip("deepspeed.launcher.runner")
+        args = runner.parse_args(words[3:])
+        assert (args.module, args.user_script) == (True, "llava.train.train")
+        return args, args.user_args
+    if words[2] == "torch.distributed.run":
+        from torch.distributed.run import get_args_parser
+
+        args = get_args_parser().parse_args(words[3:])
+        assert (args.module, args.training_script) == (True, "llava.train.train")
+        return args, args.training_script_args
+    assert words[2] == "llava.train.train"
+    return None, words[3:]
+
+
+def values(flags: list[str]) -> dict[str, Any]:
+    """Every parsed value by its name."""
+    model, data, training = parse_args(flags)
+    return {**vars(model), **vars(data), **vars(training), "plan": model.plan()}
+
+
+@pytest.mark.parametrize("script", [*RECIPES, *LLAVAS_OWN])
+def test_recipes_are_the_published_ones(script: str, machine) -> None:
+    """On one CPU: one process, no DeepSpeed; on eight GPUs: DeepSpeed and the published shares."""
+    samples, most, zero, wanted = RECIPES[LLAVAS_OWN.get(script, script)]
+    launcher, flags = split(dry_run(script, "--seed", "5"))
+    assert launcher is None
+    found = values(flags)
+    plan = {"v1_5/finetune_yopo": YOPO}.get(script, "none" if script in LLAVAS_OWN else PYRAMID)
+    assert found["plan"] == ReductionPlan.parse(plan)
+    assert {name: found[name] for name in (*wanted, *COMMON)} == {**COMMON, **wanted}
+    assert found["seed"] == 5
+    assert found["deepspeed"] is None
+    assert found["lr_scheduler_type"].value == "cosine"
+    assert found["warmup_steps"] == 0.03
+
+    machine(8)
+    launcher, flags = split(dry_run(script))
+    assert launcher.num_gpus == 8
+    found = values(flags)
+    share = (found["per_device_train_batch_size"], found["gradient_accumulation_steps"])
+    assert share == (most, samples // (8 * most))
+    assert found["deepspeed"] == f"scripts/{zero}.json"
+
+
+@pytest.mark.parametrize(
+    ("stage_1", "stage_2", "variables"),
+    [
+        ("v1_5/pdrop_train/pretrain", "v1_5/pdrop_train/finetune", {"SIZE": "13b"}),
+        ("v1_5/pretrain", "v1_5/finetune", {}),
+        ("v1_5/pretrain", "v1_5/finetune_yopo", {"SIZE": "7b"}),
+        (
+            "v1_6/pdrop_train/pretrain",
+            "v1_6/pdrop_train/finetune",
+            {"REDUCTION": "fastv:k=2,r=0.5"},
+        ),
+    ],
+)
+def test_stage_2_looks_for_the_projector_of_stage_1(
+    stage_1: str, stage_2: str, variables: dict[str, str], machine
+) -> None:
+    first = values(split(dry_run(stage_1, **variables))[1])
+    second = values(split(dry_run(stage_2, **variables))[1])
+    assert second["pretrain_mm_mlp_adapter"] == first["output_dir"] + "/mm_projector.bin"
+    assert second["output_dir"] != first["output_dir"]
+
+
+def test_llama_3_has_its_own_template_and_length(machine) -> None:
+    found = values(split(dry_run("v1_6/pdrop_train/finetune", SIZE="8b"))[1])
+    assert found["model_name_or_path"] == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert found["version"] == "llava_llama_3"
+    assert (found["model_max_length"], found["save_steps"]) == (6144, 7975)
+
+
+def test_variables_and_later_flags_win(machine) -> None:
+    variables = {
+        "MODEL": "mine", "DATA_PATH": "d.json", "IMAGE_FOLDER": "i", "OUTPUT_DIR": "o",
+        "PROJECTOR": "p.bin", "VISION_TOWER": "t", "GLOBAL_BATCH": "64", "PACKED": "0",
+        "LAYER_LIST": "[4]", "RATIO_LIST": "[0.5]", "SAVE_STEPS": "500",
+    }  # fmt: skip
+    found = values(
+        split(dry_run("v1_5/pdrop_train/finetune", "--learning_rate", "3", **variables))[1]
+    )
+    assert [found[name] for name in ("model_name_or_path", "data_path", "image_folder")] == [
+        "mine", "d.json", "i",
+    ]  # fmt: skip
+    assert (found["output_dir"], found["pretrain_mm_mlp_adapter"]) == ("o", "p.bin")
+    assert (found["vision_tower"], found["packed"], found["save_steps"]) == ("t", False, 500)
+    assert (found["learning_rate"], found["gradient_accumulation_steps"]) == (3.0, 4)
+    assert str(found["plan"]) == "pyramiddrop:layers=[4],ratios=[0.5]"
+
+
+def test_launchers(machine) -> None:
+    script = "v1_5/pdrop_train/finetune"
+    machine(8)
+    launcher, _ = split(dry_run(script, CUDA_VISIBLE_DEVICES="2,3,6,7", GPUS="2"))
+    assert (launcher.include, launcher.num_gpus) == ("localhost:2,3", -1)
+    launcher, flags = split(dry_run(script, NNODES="4", HOSTFILE="hosts"))
+    assert (launcher.hostfile, launcher.num_nodes, launcher.num_gpus) == ("hosts", 4, 8)
+    assert values(flags)["per_device_train_batch_size"] == 4
+    launcher, _ = split(dry_run(script, LAUNCHER="torchrun"))
+    assert (launcher.standalone, launcher.nproc_per_node) == (True, "8")
+    launcher, flags = split(dry_run(script, DEEPSPEED="none", GPUS="4"))
+    assert launcher.nproc_per_node == "4"
+    assert values(flags)["deepspeed"] is None
+    several = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"}
+    launcher, flags = split(dry_run(script, **several))
+    assert (launcher.nnodes, launcher.node_rank, launcher.master_addr) == ("2", 1, "first")
+    assert values(flags)["deepspeed"] == "scripts/zero3.json"
+    machine(0)
+    launcher, flags = split(dry_run(script, DEEPSPEED="scripts/zero3_offload.json"))
+    assert launcher.nproc_per_node == "1"  # DeepSpeed wants a launcher even for one process
+    assert values(flags)["deepspeed"] == "scripts/zero3_offload.json"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "expected"),
+    [(1, "", (16, 8)), (3, "", None), (64, "", (2, 1)), (8, "4", (4, 4)), (8, "5", None)],
+)
+def test_the_global_batch_stays_what_it_is(gpus: int, batch: str, expected, machine) -> None:
+    machine(gpus)
+    variables = {"BATCH": batch} if batch else {}
+    script = "v1_5/pdrop_train/finetune"
+    if expected is None:
+        said = refusal(script, **variables)
+        wanted = "126 or 129" if gpus == 3 else "1 2 4 8 16"
+        assert wanted in said
+        return
+    found = values(split(dry_run(script, **variables))[1])
+    share = (found["per_device_train_batch_size"], found["gradient_accumulation_steps"])
+    assert share == expected
+    assert gpus * share[0] * share[1] == 128
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "said"),
+    [
+        ("v1_5/pdrop_train/pretrain", {"SIZE": "70b"}, "SIZE=70b; accepted: 7b 13b"),
+        ("v1_5/pdrop_train/pretrain", {"LAUNCHER": "mpirun"}, "deepspeed torchrun srun"),
+        ("v1_5/pdrop_train/pretrain", {"LAUNCHER": "srun"}, "outside of an allocation"),
+        ("v1_5/pdrop_train/pretrain", {"NNODES": "2"}, "NODE_RANK"),
+        ("v1_5/pdrop_train/pretrain", {"GLOBAL_BATCH": "many"}, "GLOBAL_BATCH=many"),
+        (
+            "v1_5/pdrop_train/pretrain",
+            {"GPUS": "3", "CUDA_VISIBLE_DEVICES": "0,1"},
+            "2 are visible",
+        ),
+        ("v1_5/finetune_yopo", {}, "HEADS"),
+    ],
+)
+def test_what_cannot_be_started_is_said(script: str, variables: dict, said: str, machine) -> None:
+    assert said in refusal(script, **variables)
+
+
+# -------------------------------------------------------------------------------------- real steps
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a smoke run; the first one makes its data."""
+    return {"SMOKE": "1", "SMOKE_DIR": str(tmp_path_factory.mktemp("smoke")), "PY": sys.executable,
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_smoke_run_takes_three_steps(script: str, smoke: dict[str, str]) -> None:
+    result = start(script, "--learning_rate", "1e-2", **smoke)
+    assert result.returncode == 0, result.stderr[-3000:]
+    out = Path(smoke["SMOKE_DIR"]) / "out" / script
+    summary = json.loads((out / "train_summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["plan"]["cuts"]
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert (out / "mm_projector.bin").is_file() == ("pretrain" in script)
