@@ -56,6 +56,7 @@ def build_prompt(
     images: int = 1,
     mm_use_im_start_end: bool = False,
     tokenizer: Any = None,
+    answer: str | None = None,
 ) -> Prompt:
     """The prompt of a question, or of a dialogue that ends with one, open for the answer.
 
@@ -63,7 +64,8 @@ def build_prompt(
     `{"from": "human", "value": text}` and `(role, text)` too), user first, in alternation.
     `<image>` marks in the text stay where they are and must be `images` many; if there are none,
     `images` of them are put in front of the first question, each on a line of its own.
-    tokenizer: asked for its chat template by the Llama-3 template only.
+    tokenizer: asked for its chat template by the Llama-3 template only. answer: written behind
+    the question, with what ends a turn.
     Raises ValueError for an unknown template, roles out of order, or a wrong number of marks.
     """
     conv = get_conversation(conv_mode)
@@ -77,17 +79,17 @@ def build_prompt(
     if mm_use_im_start_end:
         wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         texts = [text.replace(DEFAULT_IMAGE_TOKEN, wrapped) for text in texts]
-    prompt = Prompt(_written(conv, texts))
-    prompt.question = text_place(prompt, _written(conv, [*texts[:-1], STAND_IN]))
+    prompt = Prompt(_written(conv, texts, answer))
+    prompt.question = text_place(prompt, _written(conv, [*texts[:-1], STAND_IN], answer))
     return prompt
 
 
-def _written(conv: Any, texts: Sequence[str]) -> str:
-    """The template's prompt of alternating texts, open for the next answer."""
+def _written(conv: Any, texts: Sequence[str], answer: str | None = None) -> str:
+    """The template's prompt of alternating texts, open for the next answer or closed by one."""
     conv.messages = []
     for i, text in enumerate(texts):
         conv.append_message(conv.roles[i % 2], text)
-    conv.append_message(conv.roles[1], None)
+    conv.append_message(conv.roles[1], answer)
     return conv.get_prompt()
 
 

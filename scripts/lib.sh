@@ -157,12 +157,18 @@ setup_env() {
     return 0
   fi
   install_torch || die "installing torch failed"
-  say "installing llava[$extras]"
-  local constraints
+  install_extras "$extras" || die "pip install failed"
+}
+
+# This package in place, with the extras $1, in the versions of constraints.txt.
+install_extras() {
+  local constraints status=0
+  say "installing llava[$1]"
   constraints=$(mktemp)
   constraints_for_torch >"$constraints"
-  pip_install -c "$constraints" -e "$ROOT[$extras]" || die "pip install failed"
+  pip_install -c "$constraints" -e "$ROOT[$1]" || status=$?
   rm -f "$constraints"
+  return "$status"
 }
 
 # constraints.txt with the torch that is installed, so that pip does not replace it.

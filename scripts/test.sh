@@ -15,7 +15,19 @@ if [ "${1:-}" = --install-only ]; then
   shift
 fi
 
+# lmms-eval asks for dozens of packages; its tests need it and the few of the extra `lmms`.
+setup_lmms() {
+  local version=0.7.3
+  has_packages lmms && "$PY" -c "import importlib.metadata as m
+assert m.version('lmms-eval') == '$version'" 2>/dev/null && return
+  say "installing lmms-eval without its requirements"
+  install_extras lmms && pip_install --no-deps "lmms-eval==$version"
+}
+
 setup_env dev,train,eval,deepspeed
+if [ "$DRY_RUN" != 1 ]; then
+  setup_lmms || say "lmms-eval cannot be installed here: its tests are skipped"
+fi
 [ "$INSTALL_ONLY" = 1 ] && exit 0
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -18,12 +18,13 @@ command lines.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -74,10 +75,13 @@ class Answerer:
         share: bool = True,
         workers: int = WORKERS,
         model_id: str = "",
+        open_picture: Callable[[str], Image.Image] | None = None,
     ) -> None:
         """reduction: None for the checkpoint's own plan, "none" for no dropping. blind: each
-        picture is replaced by a grey one of its size. share: False runs whole prompts. Raises
-        ValueError for a plan or a template that does not fit, or a batch size below 1.
+        picture is replaced by a grey one of its size. share: False runs whole prompts.
+        open_picture: from a question's name of a picture to the picture, in place of files below
+        `image_folder`; called from several threads. Raises ValueError for a plan or a template
+        that does not fit, or a batch size below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch size is {batch_size}; accepted: 1 and more")
@@ -88,12 +92,12 @@ class Answerer:
         self.decoding = decoding or Decoding()
         self.batch_size, self.seed, self.blind, self.share = batch_size, seed, blind, share
         self.workers, self.model_id = workers, model_id
-        self.image_folder = Path(image_folder)
+        self.image_folder, self.open_picture = Path(image_folder), open_picture
         self.stop = get_conversation(self.conv_mode).stop_string
         self.eos = eos_ids(model, tokenizer)
         self.prepare = Preparer.of(
             model, tokenizer, image_processor, conv_mode=self.conv_mode, plan=self.plan,
-            image_folder=image_folder, blind=blind, share=share,
+            image_folder=image_folder, blind=blind, share=share, open_picture=open_picture,
         )  # fmt: skip
         tower = model.get_vision_tower()
         self.shape = ModelShape.from_config(model.config, getattr(tower, "config", None))
@@ -115,7 +119,8 @@ class Answerer:
 
     def batches(self, questions: Sequence[Question]) -> tuple[Batch, ...]:
         """The plan of work for these questions. FileNotFoundError for missing pictures."""
-        check_images_exist(questions, self.image_folder)
+        if self.open_picture is None:
+            check_images_exist(questions, self.image_folder)
         return plan_batches(questions, self.batch_size, self.prepare.visual_tokens)
 
     def answer(
@@ -159,7 +164,7 @@ class Answerer:
             reduction=self.plan,
             pad_token_id=pad_token_id(self.tokenizer),
             stopping_criteria=StoppingCriteriaList([_FirstToken(watch)]),
-            **self._decoding(ready.questions),
+            **self.generate_options(ready.questions),
         )
         ids = out.tolist()
         watch.mark("decode")
@@ -188,7 +193,7 @@ class Answerer:
         }
         return Answered(ready.batch, records, timing)
 
-    def _decoding(self, questions: Sequence[Question]) -> dict[str, Any]:
+    def generate_options(self, questions: Sequence[Question]) -> dict[str, Any]:
         """Arguments of `generate` for how answers are written."""
         decoding = self.decoding
         seeds = [question_seed(self.seed, question.uid) for question in questions]

@@ -12,7 +12,7 @@ what their prompts have in common and their own ids, when the plan lets them sha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,8 @@ class Shared:
 
 @dataclass(frozen=True)
 class Preparer:
-    """Makes batches ready. share: whether questions about one picture share their prefix."""
+    """Makes batches ready. share: whether questions about one picture share their prefix.
+    open_picture: where pictures come from if not from files below `image_folder`."""
 
     tokenizer: Any
     image_processor: Any
@@ -92,6 +93,7 @@ class Preparer:
     image_folder: Path
     blind: bool
     share: bool
+    open_picture: Callable[[str], Image.Image] | None = None
 
     @classmethod
     def of(
@@ -105,6 +107,7 @@ class Preparer:
         image_folder: str | Path = "",
         blind: bool = False,
         share: bool = True,
+        open_picture: Callable[[str], Image.Image] | None = None,
     ) -> Preparer:
         """For a loaded model. A plan without a layer to share gets whole prompts."""
         splicer = model.splicer
@@ -112,7 +115,7 @@ class Preparer:
         share = share and depth > 0 and needs_whole_prompts(plan) is None
         return cls(
             tokenizer, image_processor, model.config, splicer, conv_mode, plan,
-            Path(image_folder), blind, share,
+            Path(image_folder), blind, share, open_picture,
         )  # fmt: skip
 
     def visual_tokens(self, question: Question) -> int:
@@ -213,7 +216,9 @@ class Preparer:
 
     def _open(self, image: str, whole: bool = True) -> Image.Image:
         """A picture; with whole=False only its size counts, and files are not decoded."""
-        if image.startswith("data:"):
+        if self.open_picture is not None:
+            picture = self.open_picture(image)
+        elif image.startswith("data:"):
             picture = load_image_from_base64(image.partition(",")[2])
         elif not whole:
             with Image.open(self.image_folder / image) as file:

@@ -6,6 +6,7 @@ A row marked "later" must not parse yet: when its feature comes, the mark goes.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -123,10 +124,33 @@ def bash_script(words: list[str], env: dict[str, str]) -> str | None:
     return next((problem for problem in problems if problem), None if inner else "prints nothing")
 
 
+def lmms_eval(words: list[str]) -> str | None:
+    """A command line of lmms-eval: the model is this package's, and knows its arguments."""
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    entries = text.split('entry-points."lmms_eval.models"]')[1].split("[")[0]
+    if f"{given['--model']} = " not in entries:
+        return f"no model {given['--model']}"
+    source = (ROOT / "llava" / "eval" / "lmms_eval_models.py").read_text(encoding="utf-8")
+    init = next(
+        node
+        for made in ast.parse(source).body
+        if isinstance(made, ast.ClassDef) and made.name == "Llava"
+        for node in made.body
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    known = {argument.arg for argument in (*init.args.args, *init.args.kwonlyargs)}
+    options = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+    unknown = set(options) - known
+    return f"no model_args {unknown}" if unknown else wrong_plans(options.get("reduction"))
+
+
 def parse(module: str, words: list[str]) -> str | None:
     """Hand the words to the parser of a module's command line."""
     if module in ("deepspeed.launcher.runner", "torch.distributed.run"):  # on a machine with GPUs
         return parse("llava.train.train", words[words.index("llava.train.train") + 1 :])
+    if module == "lmms_eval":
+        return lmms_eval(words)
     if not module.startswith("llava."):
         return f"{module} is not of this package"
     try:
@@ -228,6 +252,7 @@ def test_python_names_are_where_the_page_says():
         ("llava answer --model-path m", "question-file"),
         ("llava chat --model-path m --nosuch", "nosuch"),
         ("python -m llava.nosuch", "no module"),
+        ("python -m lmms_eval --model llava --model_args pretrained=m,nosuch=1", "nosuch"),
         ("python llava/nosuch.py", "no file"),
         ("bash scripts/nosuch.sh", "no script"),
         ('pip install -e ".[nosuch]"', "no extra"),
