@@ -236,6 +236,9 @@ class TrainingArguments(transformers.TrainingArguments):
     nan_guard: bool = True
     """Stop (exit code 3) in front of the first update whose loss or gradient is not finite, naming
     the first bad tensor and the samples in nan_report.json."""
+    save_rehearsal: bool = True
+    """Before the first step: write everything small, count the free space for the rest, and end the
+    run (exit code 2) if it could not save."""
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_there()

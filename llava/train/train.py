@@ -35,6 +35,7 @@ from llava.train.dataset import (
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
+from llava.train.rehearsal import rehearse
 from llava.train.safety import EXIT_PREEMPTED, RunStopped
 from llava.train.setup import (
     add_image_tokens,
@@ -161,6 +162,18 @@ def train(
     trainer, counts = make_trainer(model_args, data_args, training_args)
     if trainer is None:
         return {}
+    facts = {
+        "samples": len(trainer.train_dataset),
+        "trained_parameters": counts,
+        "plan": trainer.model.config.visual_token_reduction,
+        "data_hash": file_hash(str(data_args.data_path)),
+        "flags": changed_flags(model_args, data_args, training_args),
+        "seed": training_args.seed,
+        "data_seed": training_args.data_seed,
+        "environment": environment(),
+    }
+    if training_args.save_rehearsal:
+        rehearse(trainer, facts)
     with trainer.guard.catching_signals():
         result = fit(trainer, checkpoint_to_resume(training_args))
         trainer.meter.flush()
@@ -171,14 +184,7 @@ def train(
         **run_figures(trainer.meter),
         "steps": result.global_step,
         "train_loss": result.training_loss,
-        "samples": len(trainer.train_dataset),
-        "trained_parameters": counts,
-        "plan": trainer.model.config.visual_token_reduction,
-        "data_hash": file_hash(str(data_args.data_path)),
-        "flags": changed_flags(model_args, data_args, training_args),
-        "seed": training_args.seed,
-        "data_seed": training_args.data_seed,
-        "environment": environment(),
+        **facts,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.train import rehearsal
 from llava.train import train as entry
 from llava.train.safety import EXIT_NOT_FINITE, EXIT_PREEMPTED
 
@@ -175,3 +177,113 @@ def test_a_signal_at_the_last_step_changes_nothing(
     assert (tmp_path / "train_summary.json").is_file()
     assert not list(tmp_path.glob("checkpoint-*"))
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+# --------------------------------------------------------------------------------------- rehearsal
+def contradict(model: Any) -> None:
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.9
+
+
+def share_storage(model: Any) -> None:
+    one, other = (layer.mlp.up_proj for layer in model.model.layers[:2])
+    other.weight = torch.nn.Parameter(one.weight.data)
+
+
+def unsayable(model: Any) -> None:
+    model.config.mm_extra = {"tokens": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(contradict, "temperature"), (share_storage, "share"), (unsayable, "JSON serializable")],
+)
+def test_what_could_not_be_saved_at_the_end_is_refused_at_the_start(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, fault: Any,
+    message: str,
+) -> None:  # fmt: skip
+    """Without the rehearsal the same run trains and fails when it saves."""
+    load = entry.load_model
+
+    def faulty(*args: Any) -> Any:
+        model = load(*args)
+        fault(model)
+        return model
+
+    monkeypatch.setattr(entry, "load_model", faulty)
+    stepped: list[int] = []
+    step = entry.LLaVATrainer.training_step
+    monkeypatch.setattr(
+        entry.LLaVATrainer, "training_step", lambda *args: stepped.append(1) or step(*args)
+    )
+    with pytest.raises(SystemExit) as stop:
+        entry.main(start(files, tmp_path / "out"))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not stepped
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BaseException) as end:  # noqa: PT011 - one line, or a library's traceback
+        entry.main(start(files, tmp_path / "out", save_rehearsal=False, max_steps=1))
+    assert message in str(end.value) + capsys.readouterr().err
+    assert stepped
+
+
+@pytest.mark.parametrize(
+    ("optim", "projector_only"), [("adamw_torch", False), ("sgd", False), ("adamw_torch", True)]
+)
+def test_the_space_that_is_asked_for_is_the_space_that_is_used(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, optim: str,
+    projector_only: bool,
+) -> None:  # fmt: skip
+    config = json.loads((files / "config" / "config.json").read_text())
+    shutil.copytree(files / "config", tmp_path / "config")
+    config |= {"hidden_size": 256, "intermediate_size": 512}
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+    asked: list[rehearsal.Sizes] = []
+    sizes = rehearsal.sizes
+    monkeypatch.setattr(rehearsal, "sizes", lambda t: asked.append(sizes(t)) or asked[-1])
+    flags = start(
+        files, tmp_path / "out", init_from_config=tmp_path / "config", max_steps=2, optim=optim,
+        tune_mm_mlp_adapter=projector_only,
+    )  # fmt: skip
+    entry.main(flags)
+    folder = tmp_path / "out" / "checkpoint-2"
+    written = {path.name: path.stat().st_size for path in folder.iterdir()}
+    small = 60_000  # tokenizer, states, settings
+    assert asked[0].checkpoint == pytest.approx(sum(written.values()), rel=0.01, abs=small)
+    assert asked[0].largest == pytest.approx(max(written.values()), rel=0.01, abs=small)
+    weights = "mm_projector.bin" if projector_only else "model.safetensors"
+    assert asked[0].model == pytest.approx(written[weights], rel=0.01, abs=small)
+    assert asked[0].checkpoint > (3 * small if projector_only else 100 * small)
+
+    needed = asked[0].checkpoint + asked[0].model
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(SystemExit) as stop:
+        entry.main([*flags, "--output_dir", str(tmp_path / "second")])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"needs {needed / 1e9:.{2 if needed >= 10**7 else 5}f} GB and" in line
+    assert "1 checkpoint(s) of" in line
+
+
+def test_the_fullest_moment_of_a_run() -> None:
+    size = rehearsal.Sizes(model=10, checkpoint=30, largest=20)
+    need = rehearsal.needed_bytes
+    assert need(size, planned=0, existing=0, limit=None) == 10
+    assert need(size, planned=3, existing=0, limit=None) == 3 * 30 + 10
+    assert need(size, planned=3, existing=0, limit=1) == 2 * 30
+    assert need(size, planned=1, existing=0, limit=1) == 30 + 10
+    assert need(size, planned=9, existing=2, limit=2) == 30
+    assert need(size, planned=2, existing=1, limit=None) == 2 * 30 + 10
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_before_the_first_step(
+    files: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        entry.main(start(files, tmp_path / "file" / "out"))
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Not a directory" in last
