@@ -135,7 +135,9 @@ def load_checkpoint(
     ValueError, by name, for whatever is missing, damaged or contradictory.
     """
     place = pick_device(device)
-    quantised = _quantisation(load_8bit, load_4bit, place)
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other")
+    quantised = quantisation(4 if load_4bit else 8, place) if load_4bit or load_8bit else None
     folder = resolve_folder(model_path)
     base = None if model_base is None else resolve_folder(model_base)
     wanted = None if dtype == "checkpoint" else _dtype(dtype, place)
@@ -315,29 +317,36 @@ def _placement(
     return {"": device}, None
 
 
-def _quantisation(load_8bit: bool, load_4bit: bool, device: torch.device) -> Any:
-    """bitsandbytes' settings, LLaVA's. ValueError without the package or a device it can use."""
-    if not (load_8bit or load_4bit):
-        return None
-    if load_8bit and load_4bit:
-        raise ValueError("load_8bit and load_4bit exclude each other")
+def quantisation(
+    bits: int,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for 4 or 8 bits, LLaVA's: the decoder's linear layers, not the tower,
+    the projector or the head. compute_dtype, of 4 bits: float16, on the CPU float32.
+
+    ValueError without the package or a device it can use.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"load_{4 if load_4bit else 8}bit needs bitsandbytes: pip install bitsandbytes "
-            f"({error})"
+            f"{bits} bits need bitsandbytes: pip install bitsandbytes ({error})"
         ) from error
     if device.type == "mps":
         raise ValueError("bitsandbytes cannot quantise on mps; use cuda, or load without it")
     keep = [".*vision_tower", ".*mm_projector", "lm_head"]  # transformers matches from the start
-    if load_8bit:
+    if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    usual = torch.float32 if device.type == "cpu" else torch.float16
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.float16,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype or usual,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
         llm_int8_skip_modules=keep,
     )
 

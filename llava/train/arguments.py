@@ -184,12 +184,12 @@ class TrainingArguments(transformers.TrainingArguments):
     """Context limit in tokens, visual tokens included."""
     double_quant: bool = True
     """QLoRA: quantise the quantisation constants."""
-    quant_type: str = "nf4"
+    quant_type: Literal["nf4", "fp4"] = "nf4"
     """QLoRA: nf4 or fp4."""
     bits: int = 16
-    """16; 4 and 8 mean QLoRA."""
+    """16; 4 and 8 quantise the frozen language model (QLoRA)."""
     lora_enable: bool = False
-    """Train low-rank adapters instead of the language model."""
+    """Train low-rank adapters instead of the language model; the projector is trained whole."""
     lora_r: int = 64
     """Rank of the adapters."""
     lora_alpha: int = 16
@@ -198,8 +198,9 @@ class TrainingArguments(transformers.TrainingArguments):
     """Dropout in front of the adapters."""
     lora_weight_path: str = ""
     """No effect, as in LLaVA."""
-    lora_bias: str = "none"
-    """none, all or lora_only."""
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the language model that are trained too: none, all, or lora_only (of the layers
+    that have an adapter)."""
     lora_qv_proj_only: bool = False
     """Adapters on q_proj and v_proj only."""
     mm_projector_lr: float | None = None
@@ -244,12 +245,18 @@ class TrainingArguments(transformers.TrainingArguments):
         self._refuse_what_is_not_there()
         if isinstance(self.deepspeed, str) and self.deepspeed and not _is_settings(self.deepspeed):
             raise ValueError(f"--deepspeed {self.deepspeed}: there is no such file")
+        self._check_lora()
         self._translate()
         self._match_device()
         self.report_to = usable_reports(self.report_to)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name
             super().__post_init__()
+        if self.bits != 16 and self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise ValueError(
+                f"--bits {self.bits}: quantised weights cannot be split by ZeRO-3; "
+                "accepted: ZeRO-2, or no --deepspeed"
+            )
         self._n_gpu = min(self.n_gpu, 1)  # several GPUs in one process would split the batch lists
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns True: the collator needs every column")
@@ -275,6 +282,20 @@ class TrainingArguments(transformers.TrainingArguments):
                     f"--{name} {value} is not available yet; accepted: "
                     + " or ".join(str(item) for item in accepted)
                 )
+
+    def _check_lora(self) -> None:
+        if self.bits not in (4, 8, 16):
+            raise ValueError(f"--bits {self.bits}; accepted: 4, 8, 16")
+        if self.bits != 16 and not self.lora_enable:
+            raise ValueError(f"--bits {self.bits} trains adapters only; add --lora_enable True")
+        if not self.lora_enable:
+            return
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r {self.lora_r}; accepted: 1 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout}; accepted: 0 to below 1")
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("--lora_enable needs peft: pip install peft")
 
     def _translate(self) -> None:
         if self.evaluation_strategy is not None:
@@ -314,10 +335,8 @@ PACKED_BACKENDS = ("sdpa", "varlen", "flash_attention_2", "eager")
 
 NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
     "fsdp": (None, "", [], False),
-    "lora_enable": (False,),
-    "bits": (16,),
 }
-"""Flags of FSDP and LoRA training -> the values that ask for neither."""
+"""Flags of FSDP training -> the values that do not ask for it."""
 
 
 def _is_settings(text: str) -> bool:
@@ -402,8 +421,21 @@ def parse_args(
     if data.eval_data_path is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     model.plan()
-    model.tunable_parts()
+    parts = model.tunable_parts()
+    if training.lora_enable:
+        _check_lora_parts(model, parts)
     return model, data, training
+
+
+def _check_lora_parts(model: ModelArguments, parts: tuple[str, ...] | None) -> None:
+    """ValueError for flags that leave adapters nothing to do."""
+    if model.init_from_config:
+        raise ValueError("--lora_enable needs a base with weights: give --model_name_or_path")
+    if model.mm_use_im_start_end:
+        raise ValueError("--mm_use_im_start_end cannot be trained with --lora_enable")
+    if model.tune_mm_mlp_adapter or (parts is not None and "mm_language_model" not in parts):
+        flag = "--tune_mm_mlp_adapter" if parts is None else "--mm_tunable_parts"
+        raise ValueError(f"{flag} leaves the language model alone; --lora_enable has no use there")
 
 
 def parse_pinpoints(text: str | None, tile_size: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, trainer_pt_
 
 from llava.constants import IGNORE_INDEX
 from llava.train.callbacks import ProgressLines
+from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
 from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
@@ -40,15 +41,22 @@ class LLaVATrainer(Trainer):
     """Trainer for `LazySupervisedDataset` and our `TrainingArguments`.
 
     `projector_only`: checkpoints hold mm_projector.bin and the config instead of the whole model.
-    `image_processor`: saved with a whole model, so that it is complete without the tower's folder.
+    `adapters`: they hold a LoRA run's files instead. `image_processor`: saved with both kinds of
+    models, so that they are complete without the tower's folder.
     """
 
     def __init__(
-        self, *args: Any, projector_only: bool = False, image_processor: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        projector_only: bool = False,
+        adapters: Adapters | None = None,
+        image_processor: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.image_processor = image_processor
         self.projector_only = projector_only
+        self.adapters = adapters
         self.model_accepts_loss_kwargs = self.args.loss_mean == "tokens"
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -176,12 +184,15 @@ class LLaVATrainer(Trainer):
 
     # -- files -------------------------------------------------------------------------------------
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Called on every rank, because sharded weights are put together by all of them. The
-        projector stage gathers the projector alone, not the frozen language model."""
-        if not self.projector_only:
+        """Called on every rank, because sharded weights are put together by all of them. What is
+        not saved (the frozen language model of the projector stage and of LoRA) is not gathered."""
+        keep = self.args.should_save
+        if self.projector_only:
+            self._save(output_dir, projector_state(self.model, keep=keep))
+        elif self.adapters is not None:
+            self._save(output_dir, self.adapters.state(self.model, keep=keep))
+        else:
             super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, projector_state(self.model, keep=self.args.should_save))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a whole new model beside the old files, then move it there file by file."""
@@ -189,17 +200,20 @@ class LLaVATrainer(Trainer):
             return
         target = Path(output_dir or self.args.output_dir)
         with caching_config(self.model), staging_folder(target) as staging:
+            if self.image_processor is not None and not self.projector_only:
+                self.image_processor.save_pretrained(staging)
             if self.projector_only:
                 self.model.config.save_pretrained(staging)
                 with atomic_write(staging / PROJECTOR_FILE, "wb") as file:
                     torch.save(state_dict, file)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(staging)
-                torch.save(self.args, staging / "training_args.bin")
+            elif self.adapters is not None:
+                self.adapters.save(self.model, staging, state_dict)
             else:
                 super()._save(str(staging), state_dict)
-                if self.image_processor is not None:
-                    self.image_processor.save_pretrained(staging)
+                return
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(staging)
+            torch.save(self.args, staging / "training_args.bin")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -207,5 +221,8 @@ class LLaVATrainer(Trainer):
         projector = Path(resume_from_checkpoint) / PROJECTOR_FILE
         if self.projector_only and projector.is_file():
             load_projector_state(self.model if model is None else model, projector)
+            return
+        if self.adapters is not None:
+            self.adapters.load(self.model if model is None else model, Path(resume_from_checkpoint))
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)

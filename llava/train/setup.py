@@ -26,6 +26,7 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates
 from llava.mm_utils import crop_side
+from llava.model.builder import FAMILIES, quantisation
 from llava.model.tokenizers import read_tokenizer
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
@@ -35,6 +36,7 @@ from llava.train.arguments import (
     parse_pinpoints,
 )
 from llava.train.dataset import check_max_length
+from llava.train.lora import Adapters, add_adapters, halve_frozen, trains
 from llava.train.parts import part_of
 from llava.utils import get_logger
 
@@ -70,8 +72,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def model_class(config: dict[str, Any]) -> Any:
     """The LLaVA class for a base's config.json. ValueError for another architecture."""
-    from llava.model.builder import FAMILIES
-
     bases = {
         "llama": "llava_llama",
         "mistral": "llava_mistral",
@@ -94,7 +94,8 @@ def model_class(config: dict[str, Any]) -> Any:
 
 
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
-    """The model with its vision modules, in float32, nothing frozen yet."""
+    """The model with its vision modules, in float32 (with --bits, the language model's linear
+    layers quantised), nothing frozen yet."""
     folder, raw = read_config(model_args)
     cls = model_class(raw)
     config = cls.config_class.from_pretrained(folder)
@@ -105,8 +106,9 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
         model = cls._from_config(config, dtype=torch.float32, **attention)
     else:
         expect_tower(config, model_args)
+        options = attention | quantised_at(training_args)
         model, info = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **attention
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
         check_loaded(folder, model, info)
     if model_args.vision_tower:
@@ -117,7 +119,28 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
                 f"{model_args.pretrain_mm_mlp_adapter} cannot be loaded as a projector: {error}"
             ) from error
     clean_generation_config(model)
+    if training_args.bits != 16:  # the quantised part is in place, and must not be moved
+        decoder = model.get_model()
+        for part in (model.get_vision_tower(), getattr(decoder, "mm_projector", None)):
+            if part is not None:
+                part.to(training_args.device)
+        if getattr(decoder, "image_newline", None) is not None:
+            decoder.image_newline.data = decoder.image_newline.data.to(training_args.device)
     return model
+
+
+def quantised_at(training_args: TrainingArguments) -> dict[str, Any]:
+    """`from_pretrained`'s options for --bits 4 and 8. ValueError without bitsandbytes."""
+    if training_args.bits == 16:
+        return {}
+    settings = quantisation(
+        training_args.bits,
+        training_args.device,
+        compute_dtype=torch.bfloat16 if training_args.bf16 else None,
+        double_quant=training_args.double_quant,
+        quant_type=training_args.quant_type,
+    )
+    return {"quantization_config": settings, "device_map": {"": training_args.device}}
 
 
 def expect_tower(config: Any, model_args: ModelArguments) -> None:
@@ -251,9 +274,12 @@ def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArgume
     counts = dict.fromkeys(trained, 0)
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        parameter.requires_grad_(trained[part])
+        wanted = trained[part]
+        if part == "language" and training_args.lora_enable:
+            wanted = trains(name, training_args.lora_bias)
+        parameter.requires_grad_(wanted)
         size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel is a share
-        counts[part] += size if trained[part] else 0
+        counts[part] += size if wanted else 0
     asked = {
         "projector": model_args.tune_mm_mlp_adapter,
         "tower": training_args.unfreeze_mm_vision_tower,
@@ -263,7 +289,28 @@ def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArgume
             raise ValueError(f"the {part} is to be trained, but there is none: give --vision_tower")
     if not sum(counts.values()):
         raise ValueError("nothing to train: the flags freeze every part of the model")
+    in_one_precision = training_args.deepspeed or training_args.fsdp
+    if training_args.lora_enable and training_args.bf16 and not in_one_precision:
+        halve_frozen(model)
     return counts
+
+
+def add_lora(
+    model: Any, model_args: ModelArguments, training_args: TrainingArguments
+) -> Adapters | None:
+    """Adapters in the language model where the flags ask for them, and what a checkpoint needs
+    beside them: the projector always, embeddings and tower where they are not the base's."""
+    if not training_args.lora_enable:
+        return None
+    base, raw = read_config(model_args)
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    also = {"projector"}
+    if raw.get("mm_vision_tower") not in (None, getattr(model.config, "mm_vision_tower", None)):
+        also.add("tower")
+    names = [name for name, _ in model.named_parameters() if part_of(name) in also]
+    if raw.get("vocab_size") != model.config.vocab_size:
+        names += ["model.embed_tokens.weight", "lm_head.weight"]
+    return add_adapters(model, training_args, base, tuple(names))
 
 
 def write_settings(

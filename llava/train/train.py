@@ -39,6 +39,7 @@ from llava.train.rehearsal import rehearse
 from llava.train.safety import EXIT_PREEMPTED, RunStopped
 from llava.train.setup import (
     add_image_tokens,
+    add_lora,
     check_plan,
     freeze,
     load_model,
@@ -135,6 +136,7 @@ def make_trainer(
     transformers.utils.logging.set_verbosity_warning()
     write_settings(model, tokenizer, model_args, data_args, training_args)
     add_image_tokens(model, tokenizer, model_args)
+    adapters = add_lora(model, model_args, training_args)
     counts = freeze(model, model_args, training_args)
     logger.info("trained parameters: %s", ", ".join(f"{k} {v:,}" for k, v in counts.items()))
     train_set, eval_set = make_datasets(model, tokenizer, model_args, data_args, training_args)
@@ -150,6 +152,7 @@ def make_trainer(
         data_collator=Collator(tokenizer.pad_token_id, model.splicer, training_args.packed),
         processing_class=tokenizer,
         projector_only=model_args.tune_mm_mlp_adapter,
+        adapters=adapters,
         image_processor=getattr(model.get_vision_tower(), "image_processor", None),
     )
     return trainer, counts

@@ -400,8 +400,6 @@ def test_dry_run_prints_what_is_learned(files, base, tmp_path, capsys):
         ({"packed": True, "attn_implementation": "flex_attention"}, "would mix the samples"),
         ({"optim": "nonsense"}, "nonsense"),
         ({"model_max_length": 4}, "4 visual tokens"),
-        ({"bits": 4}, "not available yet"),
-        ({"lora_enable": True}, "not available yet"),
         ({"deepspeed": "nowhere.json"}, "nowhere.json"),
         ({"no_such_flag": 1}, "no_such_flag"),
         ({"mm_tunable_parts": "brain"}, "brain"),

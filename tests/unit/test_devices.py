@@ -152,5 +152,5 @@ def test_quantised_weights(bits, tmp_path):
 def test_bitsandbytes_that_is_not_there(tmp_path, monkeypatch):
     write_original(tmp_path / "x", "v1.5-7b")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"load_4bit needs bitsandbytes: pip install"):
+    with pytest.raises(ValueError, match=r"4 bits need bitsandbytes: pip install"):
         load(tmp_path / "x", load_4bit=True)
