@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +296,111 @@ def test_a_smoke_run_takes_three_steps(script: str, smoke: dict[str, str]) -> No
     assert len(losses) == 3
     assert losses[2] < losses[0]
     assert (out / "mm_projector.bin").is_file() == ("pretrain" in script)
+
+
+# ------------------------------------------------------------------------------------------- Slurm
+# Every task at once, as Slurm runs them; a signal to the step reaches all of them.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+words = sys.argv[1:]
+tasks = [
+    subprocess.Popen(words, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+    for i in range(int(os.environ["SLURM_NTASKS"]))
+]
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+with open(os.environ["STUB_STEP"], "w") as file:
+    file.write(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$*" >>"$STUB_LOG"; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a batch script in an allocation of two tasks, on a CPU."""
+    for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dropped = {"GPUS", "LAUNCHER", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"}
+    return {
+        **{name: value for name, value in os.environ.items() if name not in dropped},
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "STUB_LOG": str(tmp_path / "log"),
+        "STUB_STEP": str(tmp_path / "step"),
+        "PY": sys.executable,
+        "SLURM_JOB_ID": "41",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "MASTER_PORT": str(port),
+    }
+
+
+def submit(name: str, *words: str, cwd: Path, **variables: str) -> subprocess.Popen:
+    """The batch script as Slurm runs it: a copy, from elsewhere."""
+    copy = cwd / "slurm_script"
+    copy.write_text((ROOT / "scripts" / "slurm" / f"{name}.sbatch").read_text())
+    return subprocess.Popen(
+        ["bash", str(copy), *words],
+        cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_job_splits_its_samples_over_its_tasks(slurm: dict[str, str], tmp_path: Path) -> None:
+    variables = {**slurm, "SLURM_NTASKS": "64", "SLURM_GPUS_ON_NODE": "8", "DRY_RUN": "1"}
+    for name, samples, zero in (("pretrain", 256, "zero2"), ("finetune", 128, "zero3")):
+        job = submit(name, "--seed", "5", cwd=tmp_path, **variables)
+        out, error = job.communicate(timeout=60)
+        assert job.returncode == 0, error
+        words = shlex.split(out)
+        assert words[:3] == ["srun", "bash", "scripts/slurm/task.sh"]
+        found = values(split(words[3:])[1])
+        assert found["per_device_train_batch_size"] * 64 == samples
+        assert found["gradient_accumulation_steps"] == 1
+        assert (found["seed"], found["save_steps"]) == (5, 500)
+        assert found["deepspeed"] == f"scripts/{zero}.json"
+
+
+@pytest.mark.parametrize(("code", "queued"), [(75, True), (1, False), (3, False), (0, False)])
+def test_only_a_saved_job_is_queued_again(
+    code: int, queued: bool, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    job = submit("finetune", cwd=tmp_path, **slurm)
+    job.communicate(timeout=60)
+    assert job.returncode == code
+    log = tmp_path / "log"
+    assert (log.read_text() if log.exists() else "") == ("requeue 41\n" if queued else "")
+
+
+@pytest.mark.slow
+def test_a_preempted_job_goes_on(
+    slurm: dict[str, str], smoke: dict[str, str], tmp_path: Path
+) -> None:
+    """Two ranks; the signal comes at the first step; the job that was queued again ends the run."""
+    out = tmp_path / "run"
+    variables = {**slurm, **smoke, "OUTPUT_DIR": str(out)}
+    words = ("--overwrite_output_dir", "False", "--max_steps", "5")
+    job = submit("finetune", *words, cwd=tmp_path, **variables)
+    said = []
+    for line in job.stderr:
+        said.append(line)
+        if "step 1/5" in line:
+            os.kill(int((tmp_path / "step").read_text()), signal.SIGUSR1)
+    assert job.wait(timeout=300) == 75, "".join(said[-30:])
+    assert (tmp_path / "log").read_text() == "requeue 41\n"
+    (stopped,) = out.glob("checkpoint-*")
+    assert int(stopped.name.split("-")[1]) < 5
+    assert not (out / "train_summary.json").exists()
+
+    job = submit("finetune", *words, cwd=tmp_path, **variables)
+    _, error = job.communicate(timeout=300)
+    assert job.returncode == 0, error[-3000:]
+    assert json.loads((out / "train_summary.json").read_text())["steps"] == 5
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5]
