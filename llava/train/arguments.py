@@ -213,6 +213,9 @@ class TrainingArguments(transformers.TrainingArguments):
     """eager, sdpa, varlen, flash_attention_2, flex_attention; sdpa by default, varlen if packed."""
     packed: bool = False
     """Lay the samples of a batch one behind the other instead of padding them to one length."""
+    token_budget: int = 0
+    """With --packed: fill each batch up to this many tokens (visual ones included) instead of
+    taking --per_device_train_batch_size samples."""
     loss_mean: Literal["batch", "tokens"] = "batch"
     """batch: the mean over a micro-batch's targets, averaged over micro-batches (LLaVA); tokens:
     the mean over all targets of a step."""
@@ -252,6 +255,7 @@ class TrainingArguments(transformers.TrainingArguments):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name
             super().__post_init__()
+        self._check_token_budget()
         if self.bits != 16 and self.deepspeed and self.hf_deepspeed_config.is_zero3():
             raise ValueError(
                 f"--bits {self.bits}: quantised weights cannot be split by ZeRO-3; "
@@ -273,6 +277,15 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"accepted: {', '.join(PACKED_BACKENDS)}"
             )
         return "varlen" if asked == "sdpa" else asked
+
+    def _check_token_budget(self) -> None:
+        grouped = [n for n in ("group_by_modality_length", "group_by_length") if getattr(self, n)]
+        if self.token_budget < 0:
+            raise ValueError(f"--token_budget {self.token_budget}; accepted: 0 (off) or more")
+        if self.token_budget and not self.packed:
+            raise ValueError("--token_budget needs --packed True: it counts tokens without padding")
+        if self.token_budget and grouped:
+            raise ValueError(f"--token_budget makes its own batches; leave out --{grouped[0]}")
 
     def _refuse_what_is_not_there(self) -> None:
         for name, accepted in NOT_AVAILABLE_YET.items():

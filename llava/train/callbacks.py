@@ -86,3 +86,17 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+class FollowEpochs(TrainerCallback):
+    """Tells the trainer's `train_order` which epoch begins: where a run of several ranks resumes
+    within an epoch, accelerate's wrappers hide it from the Trainer."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.train_order is not None:
+            self.trainer.train_order.set_epoch(int(state.epoch or 0))

@@ -13,15 +13,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.mm_utils import (
+    Fitted,
     count_visual_tokens,
     crop_side,
     load_image,
@@ -78,6 +80,17 @@ class ImageReader:
             self._cached_bytes[0] += size
         return found
 
+    def sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """(width, height) of pictures as far as `visual_tokens` needs them: only tiled pictures are
+        looked at, in their headers. Raises OSError for one that is gone or no picture."""
+        if getattr(self.model_cfg, "image_aspect_ratio", None) != "anyres":
+            return [(0, 0)] * len(names)
+        found = []
+        for name in names:
+            with Image.open(os.path.join(self.folder, name)) as picture:
+                found.append(picture.size)
+        return found
+
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Visual tokens of pictures of these (width, height)."""
         config = self.model_cfg
@@ -92,6 +105,14 @@ class ImageReader:
 
 
 # ----------------------------------------------------------------------------------------- dataset
+class Measured(NamedTuple):
+    """Tokens that a sample brings into the model, and how many are cut off before."""
+
+    text: int
+    visual: int
+    cut: int
+
+
 class LazySupervisedDataset(Dataset):
     """Samples of a training file; pictures are opened and text is tokenised on access.
 
@@ -99,7 +120,8 @@ class LazySupervisedDataset(Dataset):
     tensors), ``image_sizes`` (list of (width, height)) and ``index`` (its own, for `describe`).
     Raises ValueError, naming the sample,
     for anything that cannot be trained on; with `skip_bad_samples` the next sample takes its
-    place, with a warning. `cache_text` keeps ids and labels in memory. `texts` are what the plan
+    place, with a warning (with `token_lengths`, the tokens of each sample, the next that is not
+    longer). `cache_text` keeps ids and labels in memory. `texts` are what the plan
     compares pictures with (`ReductionPlan.texts`); a sample then also has ``texts``, ids by name.
     """
 
@@ -126,6 +148,7 @@ class LazySupervisedDataset(Dataset):
         self.use_im_start_end = use_im_start_end
         self.skip_bad_samples = skip_bad_samples
         self.texts = texts
+        self.token_lengths: np.ndarray | None = None
         self._text: dict[int, Encoded] | None = {} if cache_text else None
         self._warnings: dict[str, int] = {}
 
@@ -153,6 +176,8 @@ class LazySupervisedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for step in range(len(self)):
             at = (index + step) % len(self)
+            if step and not self._may_replace(index, at):
+                continue
             try:
                 return self._sample(at)
             except (ValueError, OSError) as error:
@@ -162,17 +187,15 @@ class LazySupervisedDataset(Dataset):
                 self._warn("bad", f"skipped: {message}")
         raise ValueError("not one sample can be trained on")
 
+    def _may_replace(self, index: int, other: int) -> bool:
+        lengths = self.token_lengths
+        return lengths is None or 0 < lengths[other] <= lengths[index]
+
     def _sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         names = self._pictures(index, record)
-        if names and self.reader is None:
-            raise ValueError(
-                f"has an image ({names[0]}) but the run has no vision tower: give --vision_tower"
-            )
         pictures = [self.reader(name) for name in names] if self.reader else []
-        encoded = self._encode(index, record, len(names))
-        counts = self.reader.visual_tokens([size for _, size in pictures]) if self.reader else []
-        fitted = truncate_to_context(encoded.input_ids, encoded.labels, counts, self.max_length)
+        encoded, fitted, _ = self._fit(index, record, [size for _, size in pictures])
         if fitted.cut:
             self._warn(
                 "cut",
@@ -192,10 +215,35 @@ class LazySupervisedDataset(Dataset):
             check_texts(self.texts if kept else (), encoded.texts)
         return sample
 
+    def measure(self, index: int) -> Measured:
+        """Tokens of a sample, without opening a picture beyond its header. Raises ValueError or
+        OSError for one that cannot be trained on."""
+        record = self.records[index]
+        names = self._pictures(index, record)
+        sizes = self.reader.sizes(names) if self.reader else []
+        _, fitted, counts = self._fit(index, record, sizes)
+        text = len(fitted.ids) - fitted.images
+        return Measured(text, sum(counts[: fitted.images]), fitted.cut)
+
+    def _fit(
+        self, index: int, record: dict[str, Any], sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Encoded, Fitted, list[int]]:
+        """Ids and labels of a sample whose pictures have these sizes, whole and cut to the context;
+        and the visual tokens of each picture."""
+        encoded = self._encode(index, record, len(sizes))
+        counts = self.reader.visual_tokens(sizes) if self.reader else []
+        fitted = truncate_to_context(encoded.input_ids, encoded.labels, counts, self.max_length)
+        return encoded, fitted, counts
+
     def _pictures(self, index: int, record: Mapping[str, Any]) -> list[str]:
         """The picture files of a record, from the folder that its data file comes with."""
+        names = image_names(record)
+        if names and self.reader is None:
+            raise ValueError(
+                f"has an image ({names[0]}) but the run has no vision tower: give --vision_tower"
+            )
         folder = self.records.image_folder(index)
-        return [os.path.join(folder or "", name) for name in image_names(record)]
+        return [os.path.join(folder or "", name) for name in names]
 
     def _encode(self, index: int, record: dict[str, Any], n_images: int) -> Encoded:
         if self._text is not None and index in self._text:

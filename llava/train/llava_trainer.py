@@ -18,14 +18,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, trainer_pt_utils
+from transformers.trainer_utils import seed_worker
 
 from llava.constants import IGNORE_INDEX
-from llava.train.callbacks import ProgressLines
+from llava.train.callbacks import FollowEpochs, ProgressLines
 from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
 from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
-from llava.train.sampler import EpochSeeded, LengthGroupedSampler
+from llava.train.sampler import EpochSeeded, LengthGroupedSampler, TokenBudgetBatches, shuffled
 from llava.train.saving import (
     PROJECTOR_FILE,
     caching_config,
@@ -34,7 +35,9 @@ from llava.train.saving import (
     staging_folder,
 )
 from llava.train.telemetry import meter_of
-from llava.utils import atomic_write
+from llava.utils import atomic_write, get_logger
+
+logger = get_logger(__name__)
 
 
 class LLaVATrainer(Trainer):
@@ -66,11 +69,10 @@ class LLaVATrainer(Trainer):
         scaled = getattr(self.accelerator, "mixed_precision", "no") == "fp16"
         self.guard = StepGuard(self.args.device, nan_guard=self.args.nan_guard, scaled=scaled)
         self.add_callback(StopOnSignal(self.guard))
+        self.train_order: EpochSeeded | TokenBudgetBatches | None = None
+        self.add_callback(FollowEpochs(self))
 
     # -- data --------------------------------------------------------------------------------------
-    def get_train_dataloader(self) -> DataLoader:
-        return in_own_groups(super().get_train_dataloader())
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         args = self.args
@@ -92,9 +94,41 @@ class LLaVATrainer(Trainer):
                 None,
             )
         else:
-            return super()._get_train_sampler(dataset)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSeeded(seed, len(dataset), order)
+            self.train_order = shuffled(len(dataset), self._data_seed)
+            return self.train_order
+        self.train_order = EpochSeeded(self._data_seed, len(dataset), order)
+        return self.train_order
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own, or with a token budget one of batches that are filled by tokens."""
+        args, dataset = self.args, self.train_dataset
+        if not args.token_budget:
+            return in_own_groups(super().get_train_dataloader())
+        self.train_order = TokenBudgetBatches(
+            dataset.token_lengths,
+            args.token_budget,
+            args.world_size * args.gradient_accumulation_steps,
+            self._data_seed,
+            dataset.describe,
+        )
+        logger.info(self.train_order.summary())
+        workers = args.dataloader_num_workers
+        loader = DataLoader(
+            dataset,
+            batch_sampler=self.train_order,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        )
+        return in_own_groups(self.accelerator.prepare(loader))
 
     # -- figures -----------------------------------------------------------------------------------
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:

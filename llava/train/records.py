@@ -418,6 +418,11 @@ class Records(Sequence[dict[str, Any]]):
         """The folder that a mixture file gives for the pictures of a sample."""
         return self._folders[self._find(index)[0]]
 
+    @property
+    def image_folders(self) -> list[str | None]:
+        """The folders that the mixture file gives, one a data file."""
+        return list(self._folders)
+
     def without(self, places: Sequence[tuple[str, int]]) -> Records:
         """The same without some samples (as `place` names them, however often they occur).
 

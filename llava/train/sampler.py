@@ -1,21 +1,32 @@
-"""Batches of one modality, evenly long across ranks (LLaVA's ``group_by_modality_length``).
+"""In which order samples are seen: LLaVA's ``group_by_modality_length``, and batches by tokens.
 
-A batch itself holds long and short samples: a megabatch is dealt out so that every rank gets about
-the same total. (transformers' ``group_by_length`` is the one that saves padding.)
+LLaVA's sampler makes batches of one modality that are evenly long across ranks. A batch itself
+holds long and short samples: a megabatch is dealt out so that every rank gets about the same total.
+(transformers' ``group_by_length`` is the one that saves padding.) `TokenBudgetBatches` fills packed
+batches up to a number of tokens instead of a number of samples.
 
-Special here: the order equals LLaVA-1.5's LengthGroupedSampler draw by draw when no generator is
-given (the global torch generator is used, once per shuffle, in the same order); with a generator
-every shuffle comes from it, which makes the order independent of anything else that draws numbers.
-Checked against recorded orders: ``python tests/parity/reference_cases.py
+Special here: given its random draws the LLaVA order equals LLaVA-1.5's LengthGroupedSampler draw by
+draw (without a generator the global torch generator is used, once per shuffle, in the same order);
+with a generator every shuffle comes from it, which makes the order independent of anything else
+that draws numbers. Checked against recorded orders: ``python tests/parity/reference_cases.py
 tests/data/pyramiddrop``.
 """
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+LOOK_AHEAD = 512
+"""Samples among which the ones that fill a batch are looked for."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -76,7 +87,156 @@ class EpochSeeded(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order(torch.Generator().manual_seed(self.seed + self.epoch)))
+        return iter(self.epoch_order(self.epoch))
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """The indices of an epoch."""
+        return list(self.order(torch.Generator().manual_seed(self.seed + epoch)))
+
+    def order_hash(self) -> str:
+        """SHA-256 of the first epoch's order."""
+        return _hash(self.epoch_order(0))
+
+
+def shuffled(size: int, seed: int) -> EpochSeeded:
+    """Every index once, in an order of its own each epoch (the Trainer's own, draw for draw)."""
+    return EpochSeeded(
+        seed, size, lambda generator: torch.randperm(size, generator=generator).tolist()
+    )
+
+
+class TokenBudgetBatches(Sampler[list[int]]):
+    """Batches of as many samples as fit into `budget` tokens, for packed training.
+
+    lengths [N]: tokens of each sample; those of 0 are left out. Batches come in groups of
+    `group_size` (ranks times accumulation steps), one group an optimizer step, so every rank gets
+    equally many and a step is the same however it is split over ranks. What is in a batch follows
+    from the seed, the order of the groups from (seed, epoch). Batch i of a group belongs to rank i
+    modulo ranks, which is how accelerate deals batches out; a batch sampler without ``batch_size``
+    is one of batches that differ in size there.
+
+    Raises ValueError for a sample longer than the budget (named by `describe`) or no sample at all.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        budget: int,
+        group_size: int,
+        seed: int = 0,
+        describe: Callable[[int], str] = "sample {}".format,
+    ) -> None:
+        sizes = np.asarray(lengths, dtype=np.int64)
+        if not len(sizes) or not sizes.max():
+            raise ValueError("not one sample can be trained on")
+        if sizes.max() > budget:
+            longest = int(sizes.argmax())
+            raise ValueError(
+                f"--token_budget {budget} is below the longest sample: {describe(longest)} has "
+                f"{sizes[longest]} tokens"
+            )
+        batches = fill_batches(sizes.tolist(), budget, np.random.default_rng(abs(seed)))
+        complete_groups(batches, group_size)
+        self.budget = budget
+        self.groups = [batches[i : i + group_size] for i in range(0, len(batches), group_size)]
+        self.totals = [int(sizes[batch].sum()) for batch in batches]
+        self.sampler = shuffled(len(self.groups), seed)
+
+    def __len__(self) -> int:
+        return len(self.totals)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for group in self.sampler:
+            yield from self.groups[group]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    @property
+    def fill(self) -> float:
+        """Tokens of an epoch over the room that its batches have."""
+        return sum(self.totals) / (self.budget * len(self.totals))
+
+    def order_hash(self) -> str:
+        """SHA-256 of the first epoch's batches."""
+        return _hash([self.groups[group] for group in self.sampler.epoch_order(0)])
+
+    def summary(self) -> str:
+        """A line about how full the batches are."""
+        counts = [len(batch) for group in self.groups for batch in group]
+        return (
+            f"token budget {self.budget}: {len(self)} micro-batches of {min(counts)} to "
+            f"{max(counts)} samples, {100 * self.fill:.1f} % full (the emptiest "
+            f"{100 * min(self.totals) / self.budget:.1f} %)"
+        )
+
+
+def fill_batches(
+    lengths: Sequence[int], budget: int, rng: np.random.Generator, look_ahead: int = LOOK_AHEAD
+) -> list[list[int]]:
+    """Every index of a length above 0 once, in batches of at most `budget`.
+
+    Samples are taken in a random order until one does not fit; the room that is left then goes to
+    the longest ones that do, among the next `look_ahead` of the order.
+    """
+    order = [int(i) for i in rng.permutation(len(lengths)) if lengths[i] > 0]
+    incoming = iter(order)
+    waiting: deque[int] = deque()
+    by_size: list[tuple[int, int]] = []  # (length, index) of those waiting, sorted
+    batches: list[list[int]] = []
+
+    def refill() -> None:
+        while len(by_size) < look_ahead and (index := next(incoming, None)) is not None:
+            waiting.append(index)
+            bisect.insort(by_size, (lengths[index], index))
+
+    def take(batch: list[int], place: int) -> int:
+        """Move the sample at a place of `by_size` into the batch; its length."""
+        length, index = by_size.pop(place)
+        taken.add(index)
+        batch.append(index)
+        return length
+
+    taken: set[int] = set()
+    refill()
+    while by_size:
+        batch: list[int] = []
+        room = budget
+        while waiting:
+            if waiting[0] in taken:
+                taken.discard(waiting.popleft())
+                continue
+            head = (lengths[waiting[0]], waiting[0])
+            if head[0] > room:
+                break
+            room -= take(batch, bisect.bisect_left(by_size, head))
+            refill()
+        while (place := bisect.bisect_right(by_size, (room, len(lengths))) - 1) >= 0:
+            room -= take(batch, place)
+            refill()
+        batches.append(batch)
+    return batches
+
+
+def complete_groups(batches: list[list[int]], group_size: int) -> None:
+    """Bring the number of batches to a multiple of `group_size`, in place: batches of the last
+    group are halved, then others; where none can be, batches from the front are repeated."""
+    start = len(batches) - len(batches) % group_size
+    repeated = 0
+    while len(batches) % group_size:
+        order = [(len(batch) > 1, i >= start, len(batch), i) for i, batch in enumerate(batches)]
+        fullest = max(order)[-1]
+        whole = batches[fullest]
+        if len(whole) > 1:
+            batches[fullest] = whole[::2]
+            batches.append(whole[1::2])
+        else:
+            batches.append(list(batches[repeated]))
+            repeated += 1
+
+
+def _hash(order: Any) -> str:
+    return hashlib.sha256(json.dumps(order).encode()).hexdigest()
 
 
 def by_length(

@@ -13,9 +13,7 @@ rates. Sums survive a resume: they are kept with each checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -352,12 +350,3 @@ def changed_flags(*groups: Any) -> dict[str, Any]:
                 with contextlib.suppress(TypeError):
                     found[each.name] = json.loads(json.dumps(value))
     return found
-
-
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

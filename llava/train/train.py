@@ -46,7 +46,8 @@ from llava.train.setup import (
     load_tokenizer,
     write_settings,
 )
-from llava.train.telemetry import changed_flags, file_hash, run_figures
+from llava.train.telemetry import changed_flags, run_figures
+from llava.train.token_counts import count_tokens
 from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
 
 logger = get_logger("llava.train.train")
@@ -144,6 +145,9 @@ def make_trainer(
     if data_args.dry_run_data:
         show_samples(train_set, tokenizer, data_args.dry_run_data)
         return None, counts
+    if training_args.token_budget:
+        counts_N2 = count_tokens(train_set, data_args.data_cache_dir)
+        train_set.token_lengths = counts_N2.sum(1)
     trainer = LLaVATrainer(
         model=model,
         args=training_args,
@@ -169,7 +173,7 @@ def train(
         "samples": len(trainer.train_dataset),
         "trained_parameters": counts,
         "plan": trainer.model.config.visual_token_reduction,
-        "data_hash": file_hash(str(data_args.data_path)),
+        "data_hash": trainer.train_dataset.records.data_hash,
         "flags": changed_flags(model_args, data_args, training_args),
         "seed": training_args.seed,
         "data_seed": training_args.data_seed,
@@ -187,6 +191,7 @@ def train(
         **run_figures(trainer.meter),
         "steps": result.global_step,
         "train_loss": result.training_loss,
+        "order_hash": trainer.train_order.order_hash(),
         **facts,
     }
 

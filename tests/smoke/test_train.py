@@ -198,6 +198,34 @@ def test_resume_equals_an_undisturbed_run(files, base, tmp_path, projector_only,
         assert (tmp_path / "run" / name).read_bytes() == whole
 
 
+def test_a_token_budget_fills_batches_and_resumes(files, base, tmp_path, caplog, capsys):
+    """Killed in the second epoch: the batches behind the checkpoint are those of the whole run."""
+    flags = {"max_steps": None, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+    flags |= pictures(files)
+    budget = {"packed": True, "token_budget": 40, "data_cache_dir": tmp_path / "cache"}
+    run = command(model_name_or_path=base, output_dir=tmp_path / "run", **flags, **budget)
+    with caplog.at_level("INFO"):
+        main(run)
+    assert "token budget 40: 3 micro-batches" in caplog.text
+    curve = losses(tmp_path / "run")
+    whole = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for late in ("checkpoint-6", "model.safetensors"):
+        path = tmp_path / "run" / late
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    main(run)
+    assert losses(tmp_path / "run") == curve
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+    for refused, message in (
+        ({"token_budget": 10}, "mixed.json, sample 2 (id 2) has"),
+        ({"packed": False}, "needs --packed"),
+        ({"group_by_length": True}, "leave out --group_by_length"),
+    ):
+        flags = pictures(files) | budget | refused
+        with pytest.raises(SystemExit):
+            main(command(model_name_or_path=base, output_dir=tmp_path / "no", **flags))
+        assert message in capsys.readouterr().err
+
+
 def test_token_mean_does_not_depend_on_micro_batches(files, base, tmp_path):
     curves = {}
     for mean in ("tokens", "batch"):

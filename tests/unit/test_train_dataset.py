@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import clip_image_processor_class
+from llava.model.multimodal_prep import Splicer
 from llava.prompting import build_prompt, side_texts
 from llava.reduction import ReductionPlan
 from llava.train.dataset import (
@@ -22,6 +23,7 @@ from llava.train.dataset import (
     supervised_text,
 )
 from llava.train.preprocess import training_template
+from llava.train.token_counts import count_tokens
 
 PAD = 3
 
@@ -229,3 +231,71 @@ def test_texts_are_those_of_the_prompt(tokenizer, reader):
             bare[1]
     assert "texts" not in LazySupervisedDataset([other], tokenizer, training_template("v1"),
                                                 reader=reader)[0]  # fmt: skip
+
+
+@pytest.fixture
+def tiled(reader) -> ImageReader:
+    config = SimpleNamespace(
+        image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad",
+        image_grid_pinpoints=[[28, 56], [56, 28]],
+    )  # fmt: skip
+    return ImageReader(reader.image_processor, config, 2, folder=reader.folder)
+
+
+def mixed_records() -> list[dict]:
+    return [
+        sample("what is", "red"),
+        sample("<image>\nwhat", "red", "red.png"),
+        sample("<image> is <image> what", "blue " * 40, ["red.png", "blue.png"]),
+        sample("<image>\nwhat", "red", "broken.png"),
+        sample("what", ""),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["reader", "tiled"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_counted_tokens_are_those_of_the_packed_batch(request, tokenizer, tmp_path, kind, workers):
+    reader = request.getfixturevalue(kind)
+    good = mixed_records()[:3]
+    data = dataset(good, tokenizer, reader, max_length=45)
+    counts = count_tokens(data, tmp_path / "cache", workers)
+    splicer = Splicer(reader.model_cfg, 4, 2, 28, 45)
+    batch = Collator(PAD, splicer, packed=True)([data[i] for i in range(3)])
+    assert counts.sum(1).tolist() == list(batch["splice"].layout.lengths)
+    visual = [0, 0, 0]
+    for group in batch["splice"].layout.groups:
+        visual[group.sample] += group.count
+    assert counts[:, 1].tolist() == visual
+    assert counts.sum(1).max() == 45  # one was cut
+
+
+def test_counts_are_kept_as_long_as_they_hold(tokenizer, reader, tiled, tmp_path, monkeypatch):
+    records, cache = mixed_records()[:3], tmp_path / "cache"
+    same = [dataset(records, tokenizer, reader) for _ in range(2)]
+    first = count_tokens(same[0], cache)
+    monkeypatch.setattr(LazySupervisedDataset, "measure", None)
+    assert count_tokens(same[1], cache).tolist() == first.tolist()
+    for other in (
+        dataset(records, tokenizer, reader, max_length=20),
+        dataset(records[:2], tokenizer, reader),
+        dataset(records, tokenizer, tiled),
+        LazySupervisedDataset(records, tokenizer, training_template("v1"), reader=reader),
+    ):
+        with pytest.raises(TypeError):
+            count_tokens(other, cache)
+
+
+def test_what_cannot_be_counted_is_named_or_left_out(tokenizer, reader, tiled, tmp_path):
+    """A broken picture is found where its size is needed; a run takes none longer in its place."""
+    data = dataset(mixed_records(), tokenizer, tiled)
+    with pytest.raises(ValueError, match="sample 3"):
+        count_tokens(data, tmp_path)
+    data = dataset(mixed_records(), tokenizer, tiled, skip_bad_samples=True)
+    counts = count_tokens(data, tmp_path)
+    assert (counts.sum(1) == 0).tolist() == [False, False, False, True, True]
+    untiled = dataset(mixed_records(), tokenizer, reader, skip_bad_samples=True)
+    untiled.token_lengths = count_tokens(untiled, tmp_path).sum(1)
+    assert untiled.token_lengths[3] > 0
+    longer = untiled.token_lengths.tolist()
+    assert longer[0] < longer[3] < longer[2]
+    assert untiled[3] == untiled[0]

@@ -1,11 +1,22 @@
-"""The length-grouped sampler: a permutation, grouped, and reproducible."""
+"""The orders of training: permutations, grouped or filled by tokens, and reproducible."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
 
-from llava.train.sampler import LengthGroupedSampler, by_length
+from llava.train.callbacks import FollowEpochs
+from llava.train.sampler import (
+    LengthGroupedSampler,
+    TokenBudgetBatches,
+    by_length,
+    fill_batches,
+    shuffled,
+)
 
 
 def lengths(n: int, seed: int = 0, mixed: bool = True) -> list[int]:
@@ -63,3 +74,108 @@ def test_bad_values_are_refused():
         LengthGroupedSampler(0, 1, [1])
     with pytest.raises(ValueError, match="length is 0"):
         LengthGroupedSampler(1, 1, [1, 0], group_by_modality=True)
+
+
+def test_the_plain_order_is_the_trainers_own():
+    """transformers hands a RandomSampler to accelerate, which makes it this one."""
+    own = shuffled(50, seed=5)
+    theirs = SeedableRandomSampler(range(50), data_seed=5)
+    for epoch in range(3):
+        own.set_epoch(epoch)
+        assert list(own) == list(theirs)  # it counts epochs by itself
+    assert own.order_hash() == shuffled(50, seed=5).order_hash() != shuffled(50, 6).order_hash()
+
+
+# ------------------------------------------------------------------------------- batches by tokens
+def token_lengths(n: int, seed: int = 0) -> np.ndarray:
+    """As mix665k has them: 576 visual tokens and a long-tailed text, some text alone."""
+    rng = np.random.default_rng(seed)
+    text = np.clip(rng.lognormal(5, 0.8, n), 20, 1400).astype(int)
+    return text + 576 * (rng.random(n) < 0.94)
+
+
+def first_fit_decreasing(lengths: np.ndarray, budget: int) -> int:
+    """Batches that the classical packing needs, which sorts by length."""
+    rooms = np.full(len(lengths), budget)
+    for length in sorted(lengths, reverse=True):
+        rooms[np.argmax(rooms >= length)] -= length
+    return int((rooms < budget).sum())
+
+
+@pytest.mark.parametrize("budget", [2048, 8192, 32768])
+def test_batches_are_full_and_hold_every_sample_once(budget):
+    lengths = token_lengths(4000)
+    lengths[[7, 70]] = 0  # cannot be trained on
+    batches = TokenBudgetBatches(lengths, budget, group_size=8)
+    seen = [i for batch in batches for i in batch]
+    assert sorted(seen) == [i for i in range(4000) if i not in (7, 70)]
+    assert all(lengths[batch].sum() <= budget for batch in batches)
+    assert len(batches) == len(list(batches))
+    assert len(batches) % 8 == 0
+    assert len(batches) <= 1.04 * first_fit_decreasing(lengths, budget) + 8
+    assert batches.fill == pytest.approx(lengths.sum() / (budget * len(batches)))
+    assert f"{len(batches)} micro-batches" in batches.summary()
+
+
+def test_batches_are_drawn_not_sorted():
+    """Long and short samples mix: the longest are no batch of their own, and neighbours part."""
+    lengths = token_lengths(4000)
+    batches = fill_batches(lengths, 8192, np.random.default_rng(0))
+    means = np.array([lengths[batch].mean() for batch in batches])
+    expected = lengths.std() / np.sqrt(8192 / lengths.mean())
+    assert means[:-10].std() < 1.5 * expected
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    lengths = token_lengths(300)
+    one, again = (TokenBudgetBatches(lengths, 4096, 4, seed=1) for _ in range(2))
+    other = TokenBudgetBatches(lengths, 4096, 4, seed=2)
+    first = list(one)
+    assert list(again) == first != list(other)
+    assert one.order_hash() == again.order_hash() != other.order_hash()
+    one.set_epoch(1)
+    assert list(one) != first
+    assert sorted(map(sorted, one)) == sorted(map(sorted, first))
+    assert one.order_hash() == again.order_hash()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_rank_gets_its_batches_and_resumes_with_them(ranks):
+    """Through accelerate's own wrappers, in a later epoch, and as the Trainer tells it."""
+    batches = TokenBudgetBatches(token_lengths(400), 4096, group_size=2 * ranks)
+    shares = [BatchSamplerShard(batches, ranks, rank) for rank in range(ranks)]
+    assert len({len(list(share)) for share in shares}) == 1
+    assert len(shares[0]) == len(batches) // ranks
+    dealt = [list(share) for share in shares]
+    assert [dealt[i % ranks][i // ranks] for i in range(len(batches))] == list(batches)
+    trainer = SimpleNamespace(train_order=batches)
+    begin = FollowEpochs(trainer).on_epoch_begin
+    begin(None, SimpleNamespace(epoch=1.0), None)
+    second = [list(share) for share in shares]
+    assert second != dealt
+    begin(None, SimpleNamespace(epoch=0.0), None)
+    begin(None, SimpleNamespace(epoch=1.4), None)  # resumes there
+    assert [list(SkipBatchSampler(share, 3)) for share in shares] == [own[3:] for own in second]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "group_size", "expected"),
+    [
+        ([9, 9, 9], 2, 4),  # nothing to halve: one is repeated
+        ([3, 3, 3, 3], 4, 4),  # two batches, halved
+        ([9], 4, 4),
+        ([1, 0, 9, 1], 1, 2),
+    ],
+)
+def test_the_last_step_is_whole(lengths, group_size, expected):
+    batches = TokenBudgetBatches(lengths, 10, group_size)
+    found = list(batches)
+    assert len(found) == len(batches) == expected
+    assert {i for batch in found for i in batch} == {i for i, n in enumerate(lengths) if n}
+
+
+def test_a_budget_below_the_longest_sample_names_it():
+    with pytest.raises(ValueError, match="--token_budget 10 .*: sample 1 has 11 tokens"):
+        TokenBudgetBatches([5, 11], 10, 1)
+    with pytest.raises(ValueError, match="not one sample"):
+        TokenBudgetBatches([0, 0], 10, 1)

@@ -193,7 +193,7 @@ def test_a_resumed_run_adds_up_its_parts(tmp_path, packed):
     assert first["samples_seen"] == 8
     assert first["tokens"] > first["computed_tokens"] > 0
     assert first["flags"]["max_steps"] == 4
-    assert len(first["data_hash"]) == 64
+    assert len(first["data_hash"]) == len(first["order_hash"]) == 64
     for name in ("checkpoint-4", "model.safetensors"):
         path = tmp_path / "out" / name
         path.rename(tmp_path / name)
