@@ -230,7 +230,7 @@ class Answerer:
             "uid": question.uid,
             "question_id": question.question_id,
             **mmbench,
-            "prompt": question.text,
+            "prompt": question.text if question.recorded is None else question.recorded,
             "text": answer_text(ids, self.tokenizer, self.stop),
             "answer_id": answer_id,
             "model_id": self.model_id,

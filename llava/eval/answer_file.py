@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.eval.answer import Answerer, answer_in_folder, finish
 from llava.eval.flags import (
@@ -23,6 +24,7 @@ from llava.eval.flags import (
     model_settings,
 )
 from llava.eval.questions import (
+    Question,
     check_images_exist,
     file_sha256,
     first,
@@ -37,9 +39,9 @@ from llava.utils import Ranks, get_logger, user_errors
 log = get_logger(__name__)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `llava answer`."""
-    flags = argparse.ArgumentParser(prog="llava answer", description="Answer a question file.")
+def build_parser(prog: str = "llava answer") -> argparse.ArgumentParser:
+    """The command line of `llava answer`, which LLaVA's other entry points share."""
+    flags = argparse.ArgumentParser(prog=prog, description="Answer a question file.")
     add_model_flags(flags)
     flags.add_argument("--image-folder", default="")
     flags.add_argument("--question-file", required=True)
@@ -55,12 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer a question file (or one chunk of it) and write the answers file."""
     args = build_parser().parse_args(argv)
-    # Everything that can be wrong with the input is looked at before the model is loaded.
+    return answer_chunk(args, read_questions(args.question_file))
+
+
+def answer_chunk(args: argparse.Namespace, questions: Sequence[Question], **asked: Any) -> int:
+    """Answer the part of the questions that the flags of `build_parser` name. asked: what else the
+    prompts depend on. Everything that can be wrong with the input is looked at before the model is
+    loaded."""
     plan_from_args(args)  # a plan that cannot be read ends the run here
     ranks = Ranks.from_environment()
     decoding = decoding_from_flags(args, args.max_new_tokens)
-    questions = first(read_questions(args.question_file), args.limit)
-    questions = get_chunk(questions, args.num_chunks, args.chunk_idx)
+    questions = get_chunk(first(questions, args.limit), args.num_chunks, args.chunk_idx)
     check_images_exist(questions, args.image_folder)
     tokenizer, model, image_processor, name = load_from_flags(args, ranks)
     answerer = Answerer(
@@ -78,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **model_settings(args),
         "questions_sha256": file_sha256(args.question_file),
         "part": [args.limit, args.num_chunks, args.chunk_idx],
+        **asked,
     }
     path = Path(args.answers_file)
     folder = RunFolder(path.with_name(f"{path.name}.run"), settings)

@@ -84,8 +84,14 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_mmbench(path: Path, name: str, suffix: str = LETTER) -> list[Question]:
-    """MMBench's TSV: hint, question and options make the text; the picture is base64."""
+def read_mmbench(
+    path: Path, name: str, suffix: str = LETTER, all_rounds: bool = False
+) -> list[Question]:
+    """MMBench's TSV: hint, question and options make the text; the picture is base64.
+
+    all_rounds: each row as often as it has options, turned by one more each time; `option_char`
+    then says whose place in the table an option has. (The table has turned copies of its own.)
+    """
     rows = read_table(path)
     needed = ("index", "question", "A", "image")
     lacking = [column for column in needed if rows and column not in rows[0]]
@@ -94,22 +100,27 @@ def read_mmbench(path: Path, name: str, suffix: str = LETTER) -> list[Question]:
     pictures = {row["index"]: row["image"] for row in rows}
     questions = []
     for place, row in enumerate(rows):
-        options = options_of(row)
-        hint = row.get("hint", "")
-        lines = [*filter(None, [hint]), row["question"]]
-        lines += [f"{letter}. {option}" for letter, option in options.items()]
-        text = "\n".join(lines) + suffix
         # To save space a row may name the row that holds its picture.
         image = f"data:image/jpeg;base64,{pictures.get(row['image'], row['image'])}"
-        index = int(row["index"])
-        meta = {
-            "round_id": 0,
-            "options": list(options.values()),
-            "option_char": list(options),
-        }
-        uid = make_uid(name, place, index, text)
-        questions.append(Question(uid, index, text, (image,), row.get("category", "default"), meta))
+        rounds = len(options_of(row)) if all_rounds else 1
+        for turned in range(rounds):
+            text, meta = _mmbench_text(row, turned)
+            index, text = int(row["index"]), text + suffix
+            uid = make_uid(name, place, index, text) + f":{turned}" * (turned > 0)
+            category = row.get("category", "default")
+            questions.append(Question(uid, index, text, (image,), category, meta))
     return questions
+
+
+def _mmbench_text(row: dict[str, str], turned: int) -> tuple[str, dict[str, Any]]:
+    """A row's prompt with its options turned by so many places, and what its answer repeats."""
+    options = options_of(row)
+    letters, texts = list(options), list(options.values())
+    texts = texts[turned:] + texts[:turned]
+    lines = [*filter(None, [row.get("hint", "")]), row["question"]]
+    lines += [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
+    places = letters[turned:] + letters[:turned]
+    return "\n".join(lines), {"round_id": turned, "options": texts, "option_char": places}
 
 
 def options_of(row: dict[str, str]) -> dict[str, str]:

@@ -41,8 +41,10 @@ def questions_of(records: Sequence[dict[str, Any]]) -> tuple[list[Question], Giv
 
 
 def matched(questions: Sequence[Question], path: str | Path) -> Given:
-    """Answers by uid; what is missing is said."""
-    given = join_answers(questions, read_answers(path))
+    """uid -> answer, joined by id and prompt as the originals do: their annotation files ask
+    without the suffix. What is missing is said."""
+    records = [{k: v for k, v in record.items() if k != "uid"} for record in read_answers(path)]
+    given = join_answers(questions, records)
     missing = len(questions) - len(given)
     if missing:
         log.warning("%s: %d of %d questions have no answer", path, missing, len(questions))

@@ -21,6 +21,7 @@ from typing import Any
 class Question:
     """One question: `text` is the user's whole turn (suffix included), `images` are paths relative
     to the image folder, none for a question without a picture; `meta` holds the line's other keys.
+    `recorded` is what its answer repeats as the prompt, where that is not `text`.
     """
 
     uid: str
@@ -29,6 +30,7 @@ class Question:
     images: tuple[str, ...] = ()
     category: str = "default"
     meta: dict[str, Any] = field(default_factory=dict)
+    recorded: str | None = None
 
 
 def make_uid(name: str, place: int, question_id: str | int, text: str) -> str:

@@ -6,8 +6,10 @@ picture or a mask in the wrong place changes an answer.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +20,13 @@ from transformers import AutoTokenizer
 
 from llava.decoding import Decoding
 from llava.eval import answer_file as answer_module
+from llava.eval import model_vqa_mmbench, model_vqa_science
 from llava.eval import run as run_module
 from llava.eval.answer import answer_questions
 from llava.eval.answer_file import main
 from llava.eval.batches import common_prefix, plan_batches
 from llava.eval.benchmarks import load_benchmark, resolve_names
+from llava.eval.layouts import LETTER, LETTER_CN
 from llava.eval.merge import main as merge_main
 from llava.eval.questions import Question, read_questions
 from llava.eval.score import main as score_main
@@ -382,6 +386,87 @@ def test_a_damaged_picture_leaves_no_answers_file(folder, shipped, capsys):
     assert stop.value.code == 2
     assert "blue.png" in capsys.readouterr().err
     assert not (folder / "out" / "a.jsonl").exists()
+
+
+def test_scienceqa_under_its_old_name(folder, shipped):
+    turns = [
+        {"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"},
+        {"from": "gpt", "value": "A"},
+    ]
+    asked = [
+        {"id": "4", "image": "red.png", "conversations": turns},
+        {"id": "12", "conversations": [{"from": "human", "value": "Why?\nA. x"}, turns[1]]},
+    ]
+    (folder / "q.json").write_text(json.dumps(asked))
+    old = ["--question-file", str(folder / "q.json"), "--answer-prompter"]
+    for more, suffix, mode in (
+        (["--single-pred-prompt", "--conv-mode", "vicuna_v1"], LETTER, "vicuna_v1"),
+        (["--answers-file", str(folder / "plain.jsonl")], "", "llava_v0"),
+    ):
+        argv = flags(folder, *old, *more)
+        assert model_vqa_science.main(argv) == 0
+        out = Path(argv[len(argv) - 1 - argv[::-1].index("--answers-file") + 1])
+        first, second = (json.loads(line) for line in out.read_text().splitlines())
+        assert [first["question_id"], second["question_id"]] == ["4", "12"]
+        assert first["prompt"] == f"<image>\nWhich?\nA. x\nB. y{suffix}"
+        assert second["prompt"] == f"Why?\nA. x{suffix}"
+        assert first["text"].startswith("red ")
+        settings = json.loads((out.parent / f"{out.name}.run" / "run.json").read_text())
+        assert settings["conv_mode"] == mode
+        assert {call.max_new_tokens for call in shipped.calls} == {1024}
+
+
+def test_mmbench_under_its_old_name(folder, shipped):
+    picture = base64.b64encode((folder / "red.png").read_bytes()).decode()
+    table = folder / "mmbench.tsv"
+    table.write_text(
+        "index\tquestion\thint\tA\tB\tC\tanswer\timage\n"
+        f"7\tWhich?\tLook.\tx\ty\tNone\tA\t{picture}\n9\tAnd?\t\tp\tq\t\tB\t7\n"
+    )
+
+    def answers(*more):
+        name = f"{len(list(folder.glob('*.jsonl')))}.jsonl"
+        path = ["--question-file", str(table), "--answers-file", str(folder / name)]
+        assert model_vqa_mmbench.main(flags(folder, *path, *more)) == 0
+        return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+    asked = "Look.\nWhich?\nA. x\nB. y\nC. None"
+    for lang, suffix in (("en", LETTER), ("cn", LETTER_CN)):
+        first, second = answers("--single-pred-prompt", "--lang", lang)
+        keys = ["question_id", "round_id", "prompt", "options", "option_char"]
+        assert [first[key] for key in keys] == [7, 0, asked, ["x", "y", "None"], ["A", "B", "C"]]
+        assert second["prompt"] == "And?\nA. p\nB. q"
+        # The sentence was asked all the same: the stand-in counts tokens.
+        prompt = build_prompt(asked + suffix, "v1")
+        assert first["text"] == f"red {len(tokenize_prompt(prompt, shipped.tokenizer))}"
+    rounds = answers("--all-rounds")
+    assert [record["question_id"] for record in rounds] == [7, 7, 7, 9, 9]
+    assert [record["round_id"] for record in rounds] == [0, 1, 2, 0, 1]
+    assert rounds[1]["prompt"] == "Look.\nWhich?\nA. y\nB. None\nC. x"
+    assert rounds[1]["options"] == ["y", "None", "x"]
+    assert rounds[1]["option_char"] == ["B", "C", "A"]
+    assert len({record["uid"] for record in rounds}) == 5
+
+
+def test_llava_score_reads_what_llava_answer_wrote(folder, data_root, shipped, capsys):
+    """The same questions under another set's name: uids agree but for the name."""
+    place = data_root / "digits" / "vqav2"
+    loaded = load_benchmark("digits_vqav2", data_root)
+    out = folder / "a.jsonl"
+    asked = ["--question-file", str(loaded.question_file), "--answers-file", str(out)]
+    assert main(flags(folder, *asked, "--image-folder", str(loaded.image_folder))) == 0
+    (name,) = {json.loads(line)["uid"].split(":")[0] for line in out.read_text().splitlines()}
+    assert name == loaded.question_file.stem != "digits_vqav2"
+    argv = [str(out), "--benchmark", "digits_vqav2", "--data-root", str(data_root)]
+    assert score_main(argv) == 0
+    assert place.is_dir()
+    # An edited question no longer has that answer.
+    text = loaded.question_file.read_text()
+    loaded.question_file.write_text(text.replace("colour", "shape", 1))
+    with pytest.raises(SystemExit) as stop:
+        score_main(argv)
+    assert stop.value.code == 2
+    assert "another question file" in capsys.readouterr().err
 
 
 # --- benchmarks ----------------------------------------------------------------------------------

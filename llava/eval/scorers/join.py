@@ -1,8 +1,8 @@
 """Which answer belongs to which question.
 
 Special here: `question_id` is no key (TextVQA's and MME's repeat), and old answers files have no
-uid. A record is placed by its uid, else by id and prompt, else by an id that is asked once; answers
-to another question file are refused.
+uid. A record is placed by its uid (under whatever name the set was read), else by id and prompt,
+else by an id that is asked once; answers to another question file are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Table:
     """The questions by uid, by id with prompt, and by id."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
-        self.uids = {question.uid for question in questions}
+        self.uids = {_unnamed(question.uid): question.uid for question in questions}
         self.by_prompt: dict[Key, list[Question]] = {}
         self.by_id: dict[str, list[Question]] = {}
         for question in questions:
@@ -52,12 +52,13 @@ class _Table:
     def place(self, record: Mapping[str, Any], number: int) -> str:
         """The uid of the question a record answers."""
         if "uid" in record:
-            if record["uid"] not in self.uids:
+            uid = self.uids.get(_unnamed(record["uid"]))
+            if uid is None:
                 raise ValueError(
                     f"answer {number} is to {record['uid']!r}, which is not asked here: "
                     "the answers belong to another question file"
                 )
-            return record["uid"]
+            return uid
         own = str(record.get("question_id"))
         asked = self.by_id.get(own)
         if not asked:
@@ -78,6 +79,11 @@ class _Table:
             f"answer {number} to question {own!r} was asked {record.get('prompt')!r}, here it is "
             f"{asked[0].text!r}: the answers belong to another question file"
         )
+
+
+def _unnamed(uid: str) -> str:
+    """Place and hash of the question: what a uid says beside the set's name."""
+    return ":".join(uid.rsplit(":", 2)[-2:])
 
 
 def _plain(text: str) -> str:
