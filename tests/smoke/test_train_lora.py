@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import PLANS, SIZES, batch, labels_of, prompts, tiny_model
 from transformers import AutoConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava.model.assemble import merge_lora
 from llava.model.builder import load_pretrained_model
@@ -310,6 +311,7 @@ def test_bad_flags_end_in_one_line(files, tmp_path, capsys, flags, message):
     merged = {"model_name_or_path": files / "base", **LORA, **pictures(files), **flags}
     with pytest.raises(SystemExit) as stop:
         main(command(output_dir=tmp_path / "out", **merged))
+    unset_hf_deepspeed_config()  # a parsed --deepspeed holds for the process
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
