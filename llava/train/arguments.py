@@ -243,6 +243,11 @@ class TrainingArguments(transformers.TrainingArguments):
     save_rehearsal: bool = True
     """Before the first step: write everything small, count the free space for the rest, and end the
     run (exit code 2) if it could not save."""
+    probe_samples: int = 0
+    """Answer this many samples of the validation data (else of the training data) while training
+    and print the answers beside the references."""
+    probe_steps: int = 0
+    """Steps between two probes; 0 means at each validation."""
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_there()
@@ -433,6 +438,7 @@ def parse_args(
         raise ValueError("give one of --model_name_or_path and --init_from_config")
     if data.eval_data_path is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
+    _check_probe(training)
     model.plan()
     parts = model.tunable_parts()
     if training.lora_enable:
@@ -449,6 +455,17 @@ def _check_lora_parts(model: ModelArguments, parts: tuple[str, ...] | None) -> N
     if model.tune_mm_mlp_adapter or (parts is not None and "mm_language_model" not in parts):
         flag = "--tune_mm_mlp_adapter" if parts is None else "--mm_tunable_parts"
         raise ValueError(f"{flag} leaves the language model alone; --lora_enable has no use there")
+
+
+def _check_probe(training: TrainingArguments) -> None:
+    for name in ("probe_samples", "probe_steps"):
+        if getattr(training, name) < 0:
+            raise ValueError(f"--{name} {getattr(training, name)}; accepted: 0 or more")
+    if training.probe_samples and not training.probe_steps and not training.do_eval:
+        raise ValueError(
+            f"--probe_samples {training.probe_samples} needs --probe_steps, or a validation "
+            "(--eval_strategy) to take place at"
+        )
 
 
 def parse_pinpoints(text: str | None, tile_size: int) -> list[list[int]]:

@@ -25,6 +25,7 @@ from llava.train.callbacks import FollowEpochs, ProgressLines
 from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
+from llava.train.probe import Probe
 from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
 from llava.train.sampler import EpochSeeded, LengthGroupedSampler, TokenBudgetBatches, shuffled
 from llava.train.saving import (
@@ -71,6 +72,8 @@ class LLaVATrainer(Trainer):
         self.add_callback(StopOnSignal(self.guard))
         self.train_order: EpochSeeded | TokenBudgetBatches | None = None
         self.add_callback(FollowEpochs(self))
+        if self.args.probe_samples:
+            self.add_callback(Probe(self, self.args.probe_samples, self.args.probe_steps))
 
     # -- data --------------------------------------------------------------------------------------
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:

@@ -143,13 +143,21 @@ def planned_checkpoints(trainer: Any) -> int:
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":
         return 0
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = max(math.ceil(len(trainer.train_dataset) / batch), 1)
+    per_epoch = _steps_per_epoch(trainer)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     if strategy == "epoch":
         return max(math.ceil(steps / per_epoch), 1)
     every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
     return math.ceil(steps / every)
+
+
+def _steps_per_epoch(trainer: Any) -> int:
+    args = trainer.args
+    if args.token_budget:  # how many batches there are depends on the samples' lengths
+        batches = len(trainer.get_train_dataloader())
+    else:
+        batches = math.ceil(len(trainer.train_dataset) / args.train_batch_size / args.world_size)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
 def needed_bytes(size: Sizes, planned: int, existing: int, limit: int | None) -> int:

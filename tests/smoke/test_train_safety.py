@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.model.builder import load_pretrained_model
 from llava.train import rehearsal
 from llava.train import train as entry
 from llava.train.safety import EXIT_NOT_FINITE, EXIT_PREEMPTED
@@ -287,3 +288,37 @@ def test_a_folder_that_cannot_be_written_ends_the_run_before_the_first_step(
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "Not a directory" in last
+
+
+# ------------------------------------------------------------------------------------------- probe
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_probe_answers_with_the_plan_and_disturbs_nothing(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """Bit for bit the same weights and losses; the answers are those of the saved checkpoint."""
+    flags: dict[str, Any] = {
+        "layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]", "packed": packed,
+        "max_steps": 40, "save_strategy": "no", "learning_rate": 2e-2,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    entry.main(start(files, tmp_path / "without", **flags))
+    entry.main(start(files, tmp_path / "with", probe_samples=4, probe_steps=20, **flags))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("with", "without"))
+    assert one == other
+    history = json.loads((tmp_path / "with" / "trainer_state.json").read_text())["log_history"]
+    probes = [entry for entry in history if "probe_exact" in entry]
+    assert [entry["step"] for entry in probes] == [20, 40]
+    rows = [row.strip("| ").split(" | ") for row in probes[-1]["probe_answers"].splitlines()[2:]]
+    assert [name.split("sample ")[1].split(" ")[0] for name, _, _ in rows] == ["0", "2", "4", "6"]
+    assert [reference for _, _, reference in rows] == ["red", "green white", "red", "green"]
+    exact = sum(answer == reference for _, answer, reference in rows)
+    assert probes[-1]["probe_exact"] == exact / 4
+
+    tokenizer, model, _, _ = load_pretrained_model(
+        str(tmp_path / "with"), None, "llava", device="cpu", dtype=torch.float32
+    )
+    for _, answer, reference in rows[:1] + rows[2:3]:  # text alone: a prompt written here by hand
+        ids = tokenizer("[INST] what is this one [/INST]", return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=False, max_new_tokens=len(reference.split()) + 9)
+        assert tokenizer.decode(new[0], skip_special_tokens=True).strip() == answer
