@@ -29,6 +29,7 @@ from llava.model.multimodal_prep import (
     embed_splice,
     sample_seeds,
     tile_counts,
+    with_soft_tokens,
 )
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.shared_prefix import Prefix, encode_prefix
@@ -159,6 +160,8 @@ class LlavaMetaForCausalLM:
     ]
     # True: `generate` returns prompt and new tokens for every call, as transformers does.
     prompt_in_output = False
+    # Soft tokens of DualSpeed training, in the checkpoints that a run resumes from.
+    _keys_to_ignore_on_load_unexpected = [r"\bmode_isolator\."]
     # The whole-graph compile of transformers needs a static cache, which has no stages.
     _can_compile_fullgraph = False
 
@@ -201,6 +204,7 @@ class LlavaMetaForCausalLM:
         splice: Splice | None = None,
         pixel_values: Any = None,
         texts: Mapping[str, Tensor] | None = None,
+        soft_tokens: bool = False,
     ) -> TokenSequence:
         """Embed a batch with its pictures.
 
@@ -211,6 +215,8 @@ class LlavaMetaForCausalLM:
         padding). texts: by name, ids [B, T] (-1: filling) of texts that a method compares with
         (`llava.prompting.side_texts`). Ids, mask, labels and texts are read once on the host,
         unless `splice`, which `self.splicer` made from the same batch, says all that already.
+        soft_tokens: put those of the decoder's `mode_isolator` in front of each picture
+        (`llava.train.dual_speed`).
         Raises ValueError for pictures that do not match the marks and for a sample that does not
         fit the context.
         pixel_values instead of images: what a llava-hf processor returns (`llava.model.hf_inputs`);
@@ -218,8 +224,9 @@ class LlavaMetaForCausalLM:
         """
         if pixel_values is None:
             return self._splice_and_embed(
-                input_ids, attention_mask, labels, images, image_sizes, kind, splice, texts=texts
-            )[0]
+                input_ids, attention_mask, labels, images, image_sizes, kind, splice, texts=texts,
+                soft_tokens=soft_tokens,
+            )[0]  # fmt: skip
         if images is not None:
             raise ValueError("images and pixel_values exclude each other; give one")
         tower = self.get_vision_tower()
@@ -243,6 +250,7 @@ class LlavaMetaForCausalLM:
         plan: Splice | None = None,
         expanded: bool = False,
         texts: Mapping[str, Tensor] | None = None,
+        soft_tokens: bool = False,
     ) -> tuple[TokenSequence, Splice]:
         if plan is None:
             plan = self._splice(
@@ -254,7 +262,13 @@ class LlavaMetaForCausalLM:
         tiles = self._tiles(images, input_ids.device)
         patches = None if tiles is None else self.encode_images(tiles)
         newline = self.get_model().newline()
-        sequence = embed_splice(plan, text, patches, newline)
+        isolator = getattr(self.get_model(), "mode_isolator", None)
+        if soft_tokens:
+            if isolator is None:
+                raise ValueError("soft_tokens=True on a model without a mode_isolator")
+            plan = with_soft_tokens(plan, isolator.count)
+        soft = None if isolator is None else isolator()
+        sequence = embed_splice(plan, text, patches, newline, soft)
         sequence.inputs["seed"] = sample_seeds(plan, tiles, input_ids.device)
         return sequence, plan
 
@@ -412,13 +426,14 @@ class LlavaMetaForCausalLM:
         record: Record | None = None,
         pixel_values: Any = None,
         texts: Mapping[str, Tensor] | None = None,
+        soft_tokens: bool = False,
         **kwargs: Any,
     ) -> LlavaOutput:
         """One pass over a batch, or over further text tokens when `past_key_values` is filled.
 
         Inputs: as `build_sequence`, or a ready `sequence`, or text embeddings `inputs_embeds`.
-        packed: lay the samples one behind the other, without padding (training; no cache). splice:
-        as in `build_sequence`; it says the layout too.
+        packed: lay the samples one behind the other, without padding (training; no cache). splice,
+        soft_tokens: as in `build_sequence`; splice says the layout too.
         reduction: a plan, its text or dict, "none"; None takes the checkpoint's plan.
         logits_to_keep: 0 = all rows that are left [B, W', V], n = the last n, "targets" = the rows
         with a supervised next token [count, V], what training needs.
@@ -445,6 +460,7 @@ class LlavaMetaForCausalLM:
                     splice=splice,
                     pixel_values=pixel_values,
                     texts=texts,
+                    soft_tokens=soft_tokens,
                 )
             else:
                 sequence = text_sequence(inputs_embeds, attention_mask, labels)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import check_image_marks, get_anyres_image_grid_shape, unpad_slices
-from llava.sequence import BLANK, Group, Kind, Layout, TokenSequence
+from llava.sequence import BLANK, GROUP, ORIGIN, POSITION, Group, Kind, Layout, TokenSequence
 
 NEWLINE = -1
 
@@ -355,16 +355,51 @@ def _pack(
     return table, all_labels, layout
 
 
+def with_soft_tokens(plan: Splice, count: int) -> Splice:
+    """A splice with `count` soft tokens in front of each picture.
+
+    They belong to no picture, rank nothing and are never dropped; what follows stands `count`
+    positions later for each of them. Their sources are -count .. -1, counted from the end of what
+    `embed_splice` puts together.
+    """
+    layout = plan.layout
+    soft = np.tile([0, *BLANK], (count, 1))
+    soft[:, 0] = np.arange(-count, 0)
+    image_of = np.array([*(group.image for group in layout.groups), -1])
+    samples, labels = [], []
+    for index, (start, length) in enumerate(layout.bounds()):
+        row = 0 if layout.kind == "packed" else index
+        own = plan.table[row, start : start + length]
+        image = image_of[own[:, 1 + GROUP]]
+        before = np.concatenate([[-1], image[:-1]])[: len(image)]
+        first = np.flatnonzero((image >= 0) & (image != before))
+        place = np.repeat(first, count)
+        more = np.insert(own, place, np.tile(soft, (len(first), 1)), axis=0)
+        more[:, 1 + POSITION] = more[:, 1 + ORIGIN] = np.arange(len(more))
+        samples.append(more)
+        labels.append(np.insert(plan.labels[row, start : start + length], place, IGNORE_INDEX))
+    layout = replace(layout, lengths=tuple(len(own) for own in samples))
+    table = np.tile([-count - 1, *BLANK], (layout.rows, layout.width, 1))
+    all_labels = np.full((layout.rows, layout.width), IGNORE_INDEX)
+    for index, (start, length) in enumerate(layout.bounds()):
+        row = 0 if layout.kind == "packed" else index
+        table[row, start : start + length] = samples[index]
+        all_labels[row, start : start + length] = labels[index]
+    return replace(plan, table=table, labels=all_labels, layout=layout)
+
+
 def embed_splice(
     plan: Splice,
     text_BLD: Tensor,
     patches_TPD: Tensor | None,
     newline_D: Tensor | None,
+    soft_KD: Tensor | None = None,
 ) -> TokenSequence:
     """Gather the embeddings of a splice.
 
     text_BLD: embeddings of the padded ids (any row at a mark). patches_TPD: encoded tiles of all
-    pictures, or None. newline_D: the newline embedding, or None.
+    pictures, or None. newline_D: the newline embedding, or None. soft_KD: what
+    `with_soft_tokens` puts in front of pictures; part of the graph even where it put none.
     """
     size = text_BLD.shape[-1]
     zero = text_BLD.new_zeros(1, size)
@@ -374,7 +409,11 @@ def embed_splice(
     parts += [zero if newline_D is None else newline_D[None].to(text_BLD), zero]
     device = text_BLD.device
     table = torch.from_numpy(plan.table).to(device, non_blocking=True)
-    hidden = torch.cat(parts).index_select(0, table[..., 0].flatten())
+    source = table[..., 0].flatten()
+    if soft_KD is not None:
+        parts.append(soft_KD.to(text_BLD))
+        source = source % sum(len(part) for part in parts)
+    hidden = torch.cat(parts).index_select(0, source)
     inputs = {
         f"text:{name}": torch.from_numpy(rows).to(device, non_blocking=True)
         for name, rows in plan.texts.items()

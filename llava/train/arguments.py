@@ -233,6 +233,13 @@ class TrainingArguments(transformers.TrainingArguments):
     """No effect: set TENSORBOARD_LOGGING_DIR."""
     save_safetensors: bool = True
     """Weights are always saved as safetensors."""
+    dual_speed: float | None = None
+    """DualSpeed: the share of steps that run on all visual tokens, taught by the model under the
+    plan; the other steps run under the plan. 0.1 in the paper; off by default."""
+    dual_speed_weight: float = 1.0
+    """DualSpeed: weight of the divergence from the teacher; 0 runs no teacher."""
+    dual_speed_isolator: int = 4
+    """DualSpeed: learned tokens in front of a picture that tell the model it is under the plan."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for the MFU; known for common GPUs in 16 bit, left out else."""
     logging_nan_inf_filter: bool = False

@@ -22,6 +22,7 @@ from transformers.trainer_utils import seed_worker
 
 from llava.constants import IGNORE_INDEX
 from llava.train.callbacks import FollowEpochs, ProgressLines
+from llava.train.dual_speed import DualSpeed, without_isolator
 from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
@@ -46,7 +47,8 @@ class LLaVATrainer(Trainer):
 
     `projector_only`: checkpoints hold mm_projector.bin and the config instead of the whole model.
     `adapters`: they hold a LoRA run's files instead. `image_processor`: saved with both kinds of
-    models, so that they are complete without the tower's folder.
+    models, so that they are complete without the tower's folder. `dual_speed`: which steps run
+    under its plan, and which on all tokens with a teacher.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class LLaVATrainer(Trainer):
         projector_only: bool = False,
         adapters: Adapters | None = None,
         image_processor: Any = None,
+        dual_speed: DualSpeed | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.dual_speed = dual_speed
         self.image_processor = image_processor
         self.projector_only = projector_only
         self.adapters = adapters
@@ -138,8 +142,11 @@ class LLaVATrainer(Trainer):
         """As Trainer's; the wait and what was fetched are counted."""
         with self.meter.waiting():
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        cost = self.meter.cost
+        if self.dual_speed is not None and cost is not None:
+            cost = self.dual_speed.cost(cost, self.state.global_step)
         for batch in batches:
-            self.meter.count(batch)
+            self.meter.count(batch, cost)
         return batches, items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -175,12 +182,17 @@ class LLaVATrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss on the rows that have a target; validation takes the batch's mean."""
-        outputs = model(
+        forward = partial(
+            model,
             **{name: value for name, value in inputs.items() if name != "ids"},
             logits_to_keep="targets",
             loss_mean="batch" if num_items_in_batch is None else "tokens",
             num_items_in_batch=num_items_in_batch,
         )
+        if self.dual_speed is not None and model.training:
+            outputs = self.dual_speed(forward, self.state.global_step, num_items_in_batch)
+        else:
+            outputs = forward()
         loss = outputs.loss
         return (loss, outputs) if return_outputs else loss
 
@@ -236,6 +248,9 @@ class LLaVATrainer(Trainer):
         if not self.args.should_save:
             return
         target = Path(output_dir or self.args.output_dir)
+        if self.dual_speed is not None and target == Path(self.args.output_dir):
+            whole = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = without_isolator(whole)  # the finished model; a run resumes with it
         with caching_config(self.model), staging_folder(target) as staging:
             if self.image_processor is not None and not self.projector_only:
                 self.image_processor.save_pretrained(staging)

@@ -121,7 +121,8 @@ class Adapters:
         config.json."""
         adapter, rest = {}, {}
         for name, (saved, of_adapter) in self._saved(model).items():
-            (adapter if of_adapter else rest)[saved] = state[name]
+            if name in state:  # a finished model lacks what only its training used
+                (adapter if of_adapter else rest)[saved] = state[name]
         settings = deepcopy(model.peft_config[NAME])
         settings.inference_mode, settings.base_model_name_or_path = True, self.base
         settings.target_modules = sorted(settings.target_modules)

@@ -13,12 +13,13 @@ from torch import nn
 
 PROJECTOR = "mm_projector"
 NEWLINE = "image_newline"
+ISOLATOR = "mode_isolator"
 TOWER = "vision_tower"
 
 
 def part_of(name: str) -> str:
     """Which part of the model a parameter belongs to: projector, tower or language."""
-    if PROJECTOR in name or NEWLINE in name:
+    if any(each in name for each in (PROJECTOR, NEWLINE, ISOLATOR)):
         return "projector"
     return "tower" if TOWER in name else "language"
 

@@ -83,12 +83,14 @@ def over_ranks(ranks: Sequence[Sequence[float]]) -> Work:
 @dataclass(frozen=True)
 class BatchCost:
     """What a micro-batch costs. trained: the parts of the model that are (`part_of`); "language"
-    is not among them when adapters alone are trained."""
+    is not among them when adapters alone are trained. teacher: the plan of a further forward
+    without a gradient (`llava.train.dual_speed`)."""
 
     shape: ModelShape
     plan: ReductionPlan
     trained: frozenset[str]
     checkpointing: bool = False
+    teacher: ReductionPlan | None = None
 
     @classmethod
     def of_model(cls, model: Any, checkpointing: bool) -> BatchCost:
@@ -111,6 +113,9 @@ class BatchCost:
         frozen = "language" not in self.trained
         once = flops.train_flops(self.shape, stages, rows, frozen=frozen)
         twice = sum(flops.stage_flops(self.shape, stage) for stage in stages)
+        if self.teacher is not None:
+            taught = self.teacher.schedule(layout, layers)
+            once += flops.prefill_flops(self.shape, taught, rows)
         return Work(
             samples=len(layout.lengths),
             tokens_in=sum(layout.lengths),
@@ -121,11 +126,13 @@ class BatchCost:
         )
 
     def tower(self, tiles: int) -> float:
-        """Tower and projector, forward and, where they are trained, backward."""
+        """Tower and projector, forward (a teacher's too) and, where they are trained, backward."""
         tower_passes = 1.0
         if "tower" in self.trained:
             tower_passes = 4.0 if self.checkpointing else 3.0
         projector_passes = 3.0 if self.trained & {"tower", "projector"} else 1.0
+        if self.teacher is not None:
+            tower_passes, projector_passes = tower_passes + 1, projector_passes + 1
         projector = flops.projector_flops(self.shape, tiles * self.shape.patches)
         return tower_passes * flops.tower_flops(self.shape, tiles) + projector_passes * projector
 
@@ -229,13 +236,14 @@ class Meter:
             if self._began is not None:
                 self._left_out += time.perf_counter() - start
 
-    def count(self, batch: Mapping[str, Any]) -> Work:
-        """Add a micro-batch, from its `Splice`; returns what it costs."""
-        splice = batch.get("splice")
-        if self.cost is None or splice is None:
+    def count(self, batch: Mapping[str, Any], cost: BatchCost | None = None) -> Work:
+        """Add a micro-batch, from its `Splice`; returns what it costs. cost: of this batch, where
+        it is not that of all."""
+        splice, cost = batch.get("splice"), self.cost if cost is None else cost
+        if cost is None or splice is None:
             work = Work(samples=len(batch["input_ids"]))
         else:
-            work = self.cost.work(splice.layout, count_tiles(batch.get("images")))
+            work = cost.work(splice.layout, count_tiles(batch.get("images")))
         self._now += work
         return work
 

@@ -32,6 +32,7 @@ from llava.train.dataset import (
     check_first_samples,
     supervised_text,
 )
+from llava.train.dual_speed import dual_speed_of
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
@@ -158,6 +159,7 @@ def make_trainer(
         projector_only=model_args.tune_mm_mlp_adapter,
         adapters=adapters,
         image_processor=getattr(model.get_vision_tower(), "image_processor", None),
+        dual_speed=dual_speed_of(model, model_args, training_args),
     )
     return trainer, counts
 
@@ -192,6 +194,7 @@ def train(
         "steps": result.global_step,
         "train_loss": result.training_loss,
         "order_hash": trainer.train_order.order_hash(),
+        "dual_speed": trainer.dual_speed and trainer.dual_speed.facts(result.global_step),
         **facts,
     }
 
