@@ -56,7 +56,10 @@ find_python() {
   die "no Python of at least 3.10 found; name one with PYTHON=/path/to/python3"
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+# Not grep -q, which leaves early: with pipefail the pipe would sometimes count as broken.
+has_gpu() {
+  command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep GPU >/dev/null
+}
 
 has_torch() {
   "$PY" -c 'import sys, torch

@@ -30,7 +30,7 @@ from transformers import (
 from llava.mm_utils import clip_image_processor_class
 from llava.utils import json_dump, set_seed
 
-LAYERS, HEADS, HIDDEN = 26, 4, 32
+LAYERS, HEADS, HIDDEN = 26, 4, 64  # 4-bit layers want multiples of 64
 SIDE, PATCH, TOWER_HIDDEN = 56, 14, 24
 SPECIAL = ("<unk>", "<s>", "</s>")
 SIZES = ((56, 56), (120, 60), (60, 130), (90, 70))
@@ -58,7 +58,7 @@ def write_models(folder: Path) -> None:
     """The language model, the tower, a projector between them and a head mask for YOPO."""
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=write_tokenizer(folder / "model"), hidden_size=HIDDEN, intermediate_size=64,
+        vocab_size=write_tokenizer(folder / "model"), hidden_size=HIDDEN, intermediate_size=128,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS,
         max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# LLaVA-1.5 stage 2 with PyramidDrop: adapters over a language model in 4 bits (bitsandbytes). Rank,
+# scale and learning rate are those of LLaVA's own QLoRA script.
+#
+#   bash scripts/v1_5/pdrop_train/finetune_qlora.sh [more flags]
+#
+# Other variables: scripts/train_lib.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../train_lib.sh"
+
+default SIZE 7b
+one_of SIZE 7b 13b
+default MODEL "lmsys/vicuna-$SIZE-v1.5"
+default PROJECTOR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)-pretrain/mm_projector.bin"
+default DATA_PATH ./playground/data/llava_v1_5_mix665k.json
+default IMAGE_FOLDER ./playground/data
+default OUTPUT_DIR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)-qlora"
+
+run_train 128 16 zero2 \
+  --bits 4 \
+  --lora_enable True \
+  --lora_r 64 \
+  --lora_alpha 16 \
+  --version v1 \
+  --pretrain_mm_mlp_adapter "$PROJECTOR" \
+  --image_aspect_ratio pad \
+  --group_by_modality_length True \
+  --learning_rate 2e-5 \
+  --model_max_length 2048 \
+  "$@"
