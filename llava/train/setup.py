@@ -335,7 +335,7 @@ def write_settings(
         config.max_position_embeddings = training_args.model_max_length
     plan, source = resolve_plan(model_args.plan(), config)
     plan.validate(config.num_hidden_layers)
-    config.visual_token_reduction = plan.to_dict() if plan.cuts else None
+    config.visual_token_reduction = plan.to_dict() if plan else None
     logger.info("plan: %s (from %s)", plan, source)
     if not model_args.vision_tower:
         return
@@ -357,7 +357,11 @@ def write_settings(
 
 def check_plan(model_args: ModelArguments) -> None:
     """ValueError for a plan that does not fit the base, before its weights are read."""
-    layers = read_config(model_args)[1].get("num_hidden_layers")
+    raw = read_config(model_args)[1]
+    layers, heads = raw.get("num_hidden_layers"), raw.get("num_attention_heads")
     plan = model_args.plan()
-    if plan is not None and isinstance(layers, int):
-        plan.validate(layers)
+    if plan is None or not isinstance(layers, int):
+        return
+    plan.validate(layers)
+    if plan.program is not None:
+        plan.program.validate(layers, heads)
