@@ -7,9 +7,10 @@ Special here: ``llava --help`` imports neither torch nor transformers. A new com
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from llava import __version__
@@ -32,7 +33,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("llava.eval.results_report:main", "a page and tables of many runs"),
     "export": Command("llava.eval.score:export_main", "the file a benchmark's server wants"),
     "judge": Command("llava.eval.judge:main", "sets that a language model scores"),
-    "data": Command("llava.eval.data:main", "prepare and check benchmark files"),
+    "data": Command("llava.cli:data_main", "prepare and check benchmark and training files"),
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
     "verify": Command("llava.verify:main", "check that a checkpoint is read as it was meant"),
     "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),
@@ -48,34 +49,65 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command("llava.quickstart:main", "the shipped models, with and without dropping"),
 }
 
+DATA_COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        "llava.eval.data_prepare:main", "a benchmark from the Hugging Face hub in LLaVA's layout"
+    ),
+    "check": Command(
+        "llava.eval.data_check:main", "counts, pictures and labels of the benchmarks on disk"
+    ),
+    "check-train": Command(
+        "llava.train.data_check:main", "pictures, turns and tokens of training files"
+    ),
+}
+
+
+def _table(commands: Mapping[str, Command]) -> list[str]:
+    width = max(len(name) for name in commands)
+    return [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
+
 
 def usage() -> str:
     """What ``llava --help`` prints."""
-    width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: llava <command> [options]",
             "",
             "LLaVA models with fewer visual tokens.",
             "",
-            *lines,
+            *_table(COMMANDS),
             "",
             "llava <command> --help shows a command's options; llava --version the version.",
         ]
     )
 
 
-def load(name: str) -> Callable[[Sequence[str]], object]:
+def load(
+    name: str, commands: Mapping[str, Command] = COMMANDS
+) -> Callable[[Sequence[str]], object]:
     """The function behind a command.
 
     Raises:
         ValueError: no such command; the message lists what there is.
     """
-    if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
-    module, function = COMMANDS[name].target.split(":")
+    if name not in commands:
+        raise ValueError(f"unknown command {name!r}; accepted: {', '.join(commands)}")
+    module, function = commands[name].target.split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def data_main(argv: Sequence[str]) -> int:
+    """``llava data <command>``: hand the rest of the command line on."""
+    words = list(argv)
+    flags = argparse.ArgumentParser(
+        prog="llava data",
+        description="\n".join(_table(DATA_COMMANDS)),
+        epilog="llava data <command> --help shows its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flags.add_argument("command", choices=DATA_COMMANDS)
+    result = load(flags.parse_args(words[:1]).command, DATA_COMMANDS)(words[1:])
+    return result if isinstance(result, int) else 0
 
 
 @user_errors()

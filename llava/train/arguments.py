@@ -148,6 +148,8 @@ class DataArguments:
     """How labels are made: segments (cannot miss), or legacy (LLaVA's own masking)."""
     skip_bad_samples: bool = False
     """Take the next sample, with a warning, in place of one that cannot be read or does not fit."""
+    skip_samples: str | None = None
+    """List of samples to leave out, as llava data check-train --skip_list writes it."""
     image_cache_mb: int = 0
     """Keep up to this many MB of processed pictures in memory (small data read many times)."""
     cache_text: bool = False

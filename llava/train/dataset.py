@@ -10,6 +10,7 @@ pad id inside the text stays text. The files themselves are read in records.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -224,6 +225,12 @@ class LazySupervisedDataset(Dataset):
         _, fitted, counts = self._fit(index, record, sizes)
         text = len(fitted.ids) - fitted.images
         return Measured(text, sum(counts[: fitted.images]), fitted.cut)
+
+    def with_max_length(self, max_length: int) -> LazySupervisedDataset:
+        """The same samples under another limit, nothing kept in memory."""
+        other = copy.copy(self)
+        other.max_length, other._text = max_length, None
+        return other
 
     def _fit(
         self, index: int, record: dict[str, Any], sizes: Sequence[tuple[int, int]]

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -325,10 +325,11 @@ def _write_arrow(target: Path, rows: Iterator[Row]) -> None:
 
 # ------------------------------------------------------------------------------------------ records
 class Place(NamedTuple):
-    """Where a sample comes from: a file and the position in it."""
+    """Where a sample comes from: a file, the position in it, and which file of the data it is."""
 
     name: str
     number: int
+    source: int
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -412,7 +413,7 @@ class Records(Sequence[dict[str, Any]]):
     def place(self, index: int) -> Place:
         """The file of a sample and its position there."""
         table, row = self._find(index)
-        return Place(self._names[table], row)
+        return Place(self._names[table], row, table)
 
     def image_folder(self, index: int) -> str | None:
         """The folder that a mixture file gives for the pictures of a sample."""
@@ -423,29 +424,51 @@ class Records(Sequence[dict[str, Any]]):
         """The folders that the mixture file gives, one a data file."""
         return list(self._folders)
 
-    def without(self, places: Sequence[tuple[str, int]]) -> Records:
-        """The same without some samples (as `place` names them, however often they occur).
+    def once(self) -> list[int]:
+        """One index of every sample, however often weights repeat it."""
+        firsts = [
+            start + np.sort(np.unique(rows, return_index=True)[1])
+            for start, rows in zip(self._starts, self._rows, strict=False)
+        ]
+        return np.concatenate(firsts).tolist()
 
-        Raises ValueError for one that is not here, or when nothing is left.
-        """
-        rows = list(self._rows)
-        for name in {name for name, _ in places}:
-            numbers = [number for own, number in places if own == name]
-            tables = [i for i, own in enumerate(self._names) if own == name]
-            beyond = [n for n in numbers if any(not 0 <= n < len(self._tables[i]) for i in tables)]
-            if not tables or beyond:
-                raise ValueError(
-                    f"there is no sample {(beyond or numbers)[0]} of {name} in the data; its files "
-                    f"are {', '.join(self._names)}"
-                )
-            for i in tables:
-                rows[i] = rows[i][~np.isin(rows[i], numbers)]
+    def without(self, samples: Iterable[tuple[int, int]]) -> Records:
+        """The same without some samples, as (source, number) of their `Place`, however often they
+        occur. Raises ValueError for one that is not here, or when nothing is left."""
+        rows, left_out = list(self._rows), sorted(set(samples))
+        for source in {source for source, _ in left_out}:
+            numbers = [number for own, number in left_out if own == source]
+            here = self._rows[source] if 0 <= source < len(rows) else np.array([], int)
+            absent = np.setdiff1d(numbers, here)
+            if len(absent):
+                raise ValueError(f"there is no sample {absent[0]} of file {source} in the data")
+            rows[source] = here[~np.isin(here, numbers)]
         if not sum(map(len, rows)):
             raise ValueError("not one sample is left")
-        left_out = sorted([str(name), int(number)] for name, number in places)
-        numbered = [[self._names.index(name), number] for name, number in left_out]
-        whole = _digest([self.data_hash, numbered])
+        whole = _digest([self.data_hash, left_out])
         return Records(self._tables, self._names, rows, whole, self._folders)
+
+    def without_listed(self, path: str | os.PathLike[str]) -> Records:
+        """The same without the samples of a list that ``llava data check-train --skip_list`` wrote.
+
+        Raises ValueError for a list that is not of this data.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            found = json.loads(text)
+            samples = [(int(one["source"]), int(one["number"])) for one in found["samples"]]
+            data_hash = found["data_hash"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no list of samples as llava data check-train --skip_list writes it: "
+                f"{type(error).__name__} {error}"
+            ) from error
+        if data_hash != self.data_hash:
+            raise ValueError(
+                f"{path} was written for other data (its hash is {data_hash:.12}, this data's "
+                f"{self.data_hash:.12}): check this data again"
+            )
+        return self.without(samples) if samples else self
 
 
 def draw(size: int, weight: float, seed: Sequence[int]) -> np.ndarray:

@@ -91,9 +91,10 @@ def make_datasets(
 
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
 
-    def dataset(path: str) -> LazySupervisedDataset:
+    def dataset(path: str, left_out: str | None = None) -> LazySupervisedDataset:
+        records = Records.open(path, seed=seed, cache_dir=data_args.data_cache_dir)
         made = LazySupervisedDataset(
-            Records.open(path, seed=seed, cache_dir=data_args.data_cache_dir),
+            records.without_listed(left_out) if left_out else records,
             tokenizer,
             training_template(model_args.version),
             reader=reader,
@@ -107,7 +108,7 @@ def make_datasets(
         check_first_samples(made)
         return made
 
-    train = dataset(str(data_args.data_path))
+    train = dataset(str(data_args.data_path), data_args.skip_samples)
     return train, dataset(data_args.eval_data_path) if data_args.eval_data_path else None
 
 

@@ -53,7 +53,7 @@ def test_every_form_holds_the_same_samples(tmp_path, name, small):
     assert list(found) == RECORDS
     assert found.words.tolist() == [5, 8, 4, 6, 0]
     assert found.pictured.tolist() == [False, True, True, False, False]
-    assert found.place(3) == (path, 3)
+    assert found.place(3) == (path, 3, 0)
     assert found.data_hash == module.file_hash(tmp_path / name)
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == (small == 0)
     with pytest.raises(IndexError):
@@ -166,18 +166,31 @@ def test_weights_repeat_and_draw(tmp_path):
 def test_samples_can_be_left_out(tmp_path):
     a, b = write(tmp_path / "a.json", RECORDS), write(tmp_path / "b.json", RECORDS[:2])
     whole = Records.open(f"{a},{b}@2")
-    part = whole.without([(a, 1), (b, 0)])
-    assert [part.place(i) for i in range(len(part))] == [
+    assert whole.once() == [0, 1, 2, 3, 4, 5, 6]
+    part = whole.without([(0, 1), (1, 0)])
+    assert [part.place(i)[:2] for i in range(len(part))] == [
         (a, 0), (a, 2), (a, 3), (a, 4), (b, 1), (b, 1)
     ]  # fmt: skip
+    assert part.once() == [0, 1, 2, 3, 4]
     assert part[1] == RECORDS[2]
     assert part.words.tolist() == [5, 4, 6, 0, 8, 8]
     assert part.data_hash != whole.data_hash
-    for places in ([(a, 5)], [("other.json", 0)]):
+    for samples in ([(0, 5)], [(2, 0)]):
         with pytest.raises(ValueError, match="there is no sample"):
-            whole.without(places)
+            whole.without(samples)
     with pytest.raises(ValueError, match="not one sample"):
-        Records.open(b).without([(b, 0), (b, 1)])
+        Records.open(b).without([(0, 0), (0, 1)])
+
+
+def test_a_list_of_samples_holds_for_its_data_alone(tmp_path):
+    a, b = write(tmp_path / "a.json", RECORDS), write(tmp_path / "b.json", RECORDS[1:])
+    listed = {"data_hash": Records.open(a).data_hash, "samples": [{"source": 0, "number": 2}]}
+    (tmp_path / "bad.json").write_text(json.dumps(listed))
+    assert len(Records.open(a).without_listed(tmp_path / "bad.json")) == 4
+    with pytest.raises(ValueError, match="other data"):
+        Records.open(b).without_listed(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="no list of samples"):
+        Records.open(b).without_listed(b)
 
 
 WRITER = """

@@ -1,0 +1,147 @@
+"""`llava data check-train`: every kind of bad sample is found, and a run without them goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava.cli import main
+from llava.reduction import ReductionPlan
+from llava.train.data_check import mean_visual_tokens
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
+from train_fixtures import write_all  # noqa: E402
+
+
+def turns(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+GOOD = turns("<image>\nwhat colour", "red")
+SAMPLES = [
+    {"id": "good", "image": "red.png", "conversations": GOOD},
+    {"id": "text", "conversations": turns("what is it", "blue")},
+    {"id": "gone", "image": "nowhere.png", "conversations": GOOD},
+    {"id": "ending", "image": "red.jpg", "conversations": GOOD},
+    {"id": "broken", "image": "broken.png", "conversations": GOOD},
+    {"id": "cut file", "image": "half.png", "conversations": GOOD},
+    {"id": "field", "image": 3, "conversations": GOOD},
+    {"id": "marks", "image": ["red.png", "blue.png"], "conversations": GOOD},
+    {"id": "mark in answer", "image": "red.png", "conversations": turns("what", "<image> red")},
+    {"id": "twice human", "conversations": [*turns("what"), *turns("is")]},
+    {"id": "no turns"},
+    {"id": "empty", "conversations": turns("what", " ")},
+    {"id": "late empty", "conversations": turns("what", "red", "is", "")},
+    {"id": "answer first", "conversations": [turns("", "it")[1], *turns("what", "red")]},
+    {"id": "long", "conversations": turns("what " * 60, "red")},
+    {"id": "long answer", "conversations": turns("what", "red " * 60)},
+    {"id": "good", "image": "blue.png", "conversations": GOOD},
+]  # fmt: skip
+ERRORS = {
+    "missing_image": 2,
+    "broken_image": 2,
+    "image_field": 1,
+    "image_marks": 2,
+    "turns": 2,
+    "too_long": 1,
+    "untrainable": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check")
+    write_all(folder)
+    images = folder / "data" / "images"
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+    Image.effect_noise((64, 64), 50).save(images / "half.png")
+    content = (images / "half.png").read_bytes()
+    (images / "half.png").write_bytes(content[: len(content) // 2])
+    (folder / "bad.json").write_text(json.dumps(SAMPLES))
+    (folder / "mixture.json").write_text(
+        json.dumps({"datasets": [{"path": "bad.json", "weight": 2}, {"path": "data/mixed.json"}]})
+    )
+    return folder
+
+
+def check(files: Path, data: Path, *more: str) -> int:
+    return main(
+        [
+            "data", "check-train", "--data_path", str(data), "--version", "mistral_instruct",
+            "--image_folder", str(files / "data" / "images"), "--model_max_length", "40",
+            "--vision_tower", str(files / "tower"), "--workers", "0", *more,
+        ]
+    )  # fmt: skip
+
+
+def test_every_kind_is_found_and_left_out(files, tmp_path, capsys):
+    """Each sample once although the mixture shows it twice; training then runs without them."""
+    report, skip = tmp_path / "report.json", tmp_path / "skip.json"
+    model = ["--model_name_or_path", str(files / "config")]
+    plan = ["--layer_list", "[2]", "--image_token_ratio_list", "[0.5]"]
+    out = ["--json", str(report), "--skip_list", str(skip)]
+    assert check(files, files / "mixture.json", *model, *plan, *out) == 1
+    found = json.loads(report.read_text())
+    assert found["samples"] == len(SAMPLES) + 8
+    assert found["errors"] == ERRORS
+    assert found["warnings"] == {"cut": 1, "empty_answer": 2, "answer_first": 1, "repeated_id": 1}
+    named = {one["id"].strip('"') for one in found["bad_samples"]}
+    assert named == {s["id"] for s in SAMPLES} - {
+        "good", "text", "late empty", "answer first", "long answer"
+    }  # fmt: skip
+    assert "(there is red.png)" in " ".join(found["examples"]["missing_image"])
+    assert found["tokens"]["counted_samples"] == found["samples"] - len(named)
+    assert found["tokens"]["visual"]["max"] == 8
+    assert found["tokens"]["after_plan"]["mean_visual_per_layer"] == pytest.approx(
+        0.75 * found["tokens"]["visual"]["mean"], rel=0.05
+    )
+    text = capsys.readouterr().out
+    assert "error: picture is missing: 2" in text
+    assert 'sample 3 (id "ending")' in text
+
+    from llava.train.train import main as train
+
+    flags = {
+        "init_from_config": files / "config", "tokenizer_path": files / "config",
+        "vision_tower": files / "tower", "data_path": files / "mixture.json",
+        "image_folder": files / "data" / "images", "version": "mistral_instruct",
+        "mm_use_im_patch_token": False, "model_max_length": 40, "num_train_epochs": 1,
+        "per_device_train_batch_size": 4, "save_strategy": "no", "seed": 42,
+        "output_dir": tmp_path / "run",
+    }  # fmt: skip
+    command = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit):
+        train(command)
+    assert "bad.json, sample 2 (id gone)" in capsys.readouterr().err
+    train([*command, "--skip_samples", str(skip)])
+    summary = json.loads((tmp_path / "run" / "train_summary.json").read_text())
+    assert summary["samples"] == 2 * (len(SAMPLES) - len(named)) + 8
+    with pytest.raises(SystemExit):
+        train([*command, "--data_path", str(files / "bad.json"), "--skip_samples", str(skip)])
+    assert "other data" in capsys.readouterr().err
+
+
+def test_good_data_and_what_can_be_left_out(files, capsys):
+    """Without a tokenizer nothing is counted, without decoding a cut file passes."""
+    assert check(files, files / "data" / "mixed.json") == 0
+    text = capsys.readouterr().out
+    assert "tokens are not counted" in text
+    assert "no sample would end a run" in text
+    assert check(files, files / "bad.json", "--no-decode") == 1
+    assert "picture does not decode: 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        check(files, files / "bad.json", "--layer_list", "[50]", "--image_token_ratio_list",
+              "[0.5]")  # fmt: skip
+    assert stop.value.code == 2
+
+
+def test_tokens_behind_the_cuts_are_the_plans():
+    """LLaVA-1.5-7B's 576 tokens on 8 layers each of 576, 288, 144, 72: 270 on average."""
+    plan = ReductionPlan.pyramid([8, 16, 24], [0.5, 0.25, 0.125])
+    assert mean_visual_tokens([(576, 1)], plan, 32) == 270
+    assert mean_visual_tokens([(576, 1), (0, 0)], plan, 32) == 135
+    assert mean_visual_tokens([(576, 1)], ReductionPlan(), 32) == 576
