@@ -242,6 +242,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """DualSpeed: weight of the divergence from the teacher; 0 runs no teacher."""
     dual_speed_isolator: int = 4
     """DualSpeed: learned tokens in front of a picture that tell the model it is under the plan."""
+    compare_steps: int = 0
+    """Measure this many steps without the plan first, and end with what the plan saves."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for the MFU; known for common GPUs in 16 bit, left out else."""
     logging_nan_inf_filter: bool = False

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -125,12 +125,16 @@ class BatchCost:
             tower_flops=self.tower(tiles),
         )
 
+    def vision_passes(self) -> tuple[float, float]:
+        """Forward passes that a step of the tower and of the projector is worth."""
+        tower = 1.0
+        if "tower" in self.trained:
+            tower = 4.0 if self.checkpointing else 3.0
+        return tower, 3.0 if self.trained & {"tower", "projector"} else 1.0
+
     def tower(self, tiles: int) -> float:
         """Tower and projector, forward (a teacher's too) and, where they are trained, backward."""
-        tower_passes = 1.0
-        if "tower" in self.trained:
-            tower_passes = 4.0 if self.checkpointing else 3.0
-        projector_passes = 3.0 if self.trained & {"tower", "projector"} else 1.0
+        tower_passes, projector_passes = self.vision_passes()
         if self.teacher is not None:
             tower_passes, projector_passes = tower_passes + 1, projector_passes + 1
         projector = flops.projector_flops(self.shape, tiles * self.shape.patches)
@@ -193,6 +197,15 @@ class Totals(TrainerCallback, ExportableState):
         return Work(**self.work)
 
 
+class Watch(Protocol):
+    """Who wants to see the steps one by one (`llava.train.compare`)."""
+
+    def begin(self) -> None: ...
+    def waited(self, seconds: float) -> None: ...
+    def counted(self, work: Work) -> None: ...
+    def left_out(self, seconds: float) -> None: ...
+
+
 class Meter:
     """Counts what the steps of a trainer do and how long they take.
 
@@ -209,6 +222,7 @@ class Meter:
         self.ranks = ranks
         self.peak = peak
         self.totals = Totals()
+        self.watch: Watch | None = None
         self.started = time.perf_counter()
         self._now = Work()
         self._began: float | None = None
@@ -218,11 +232,16 @@ class Meter:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around the fetching of a step's batches, with which a step begins."""
+        if self.watch is not None:
+            self.watch.begin()
         start = time.perf_counter()
         if self._began is None:
             self._began = start
         yield
-        self._now += Work(steps=1, wait_seconds=time.perf_counter() - start)
+        waited = time.perf_counter() - start
+        self._now += Work(steps=1, wait_seconds=waited)
+        if self.watch is not None:
+            self.watch.waited(waited)
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -233,8 +252,11 @@ class Meter:
         try:
             yield
         finally:
+            spent = time.perf_counter() - start
             if self._began is not None:
-                self._left_out += time.perf_counter() - start
+                self._left_out += spent
+            if self.watch is not None:
+                self.watch.left_out(spent)
 
     def count(self, batch: Mapping[str, Any], cost: BatchCost | None = None) -> Work:
         """Add a micro-batch, from its `Splice`; returns what it costs. cost: of this batch, where
@@ -245,6 +267,8 @@ class Meter:
         else:
             work = cost.work(splice.layout, count_tiles(batch.get("images")))
         self._now += work
+        if self.watch is not None:
+            self.watch.counted(work)
         return work
 
     # -- figures -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import transformers
 
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_args
+from llava.train.compare import Comparison, format_line, run_without_plan
 from llava.train.dataset import (
     Collator,
     ImageReader,
@@ -184,8 +185,10 @@ def train(
     }
     if training_args.save_rehearsal:
         rehearse(trainer, facts)
+    comparison = Comparison(trainer)
     with trainer.guard.catching_signals():
         result = fit(trainer, checkpoint_to_resume(training_args))
+        compared = comparison.finish()
         trainer.meter.flush()
         trainer.save_state()
         trainer.save_model(training_args.output_dir)
@@ -196,6 +199,7 @@ def train(
         "train_loss": result.training_loss,
         "order_hash": trainer.train_order.order_hash(),
         "dual_speed": trainer.dual_speed and trainer.dual_speed.facts(result.global_step),
+        "compare": compared,
         **facts,
     }
 
@@ -244,12 +248,15 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: bad input ends in one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    run_without_plan(arguments)
     model_args, data_args, training_args = parse_args(arguments)
     summary = train(model_args, data_args, training_args)
     if summary and training_args.process_index == 0:
         path = Path(training_args.output_dir) / SUMMARY_FILE
         json_dump(path, {"command": arguments, **summary})
         logger.info("saved to %s (%.0f s)", training_args.output_dir, summary["seconds"])
+        if summary["compare"]:
+            logger.info(format_line(summary["compare"]))
 
 
 if __name__ == "__main__":
