@@ -2,7 +2,8 @@
 
 Special here: the text under a field is its ``--help``. Flags that transformers 5 dropped are
 accepted and translated, so scripts written for LLaVA run; flags whose feature does not exist here
-yet are parsed and refused by name when they are set (``NOT_AVAILABLE_YET``). Sources: LLaVA-1.5
+are refused by name when they are set (``NOT_AVAILABLE_YET``, ``legacy_flags.py``), and those
+without effect are said (``NO_EFFECT``). Sources: LLaVA-1.5
 train.py, PyramidDrop pdrop_train.py, Open-LLaVA-NeXT train.py.
 ``python -m llava.train.train --help``
 """
@@ -15,6 +16,7 @@ import importlib.util
 import inspect
 import netrc
 import os
+import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from llava.reduction.plan import ReductionPlan, plan_from_flags
+from llava.train import legacy_flags
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -167,7 +170,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """How it is trained; transformers' own flags are all accepted too."""
 
     cache_dir: str | None = None
-    """No effect: models are local folders."""
+    """No effect: set HF_HOME for the hub's files."""
     optim: str = "adamw_torch_fused"
     """Optimizer; adamw_torch_fused is AdamW in one kernel."""
     remove_unused_columns: bool = False
@@ -232,7 +235,7 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = False
     """Start over; without it a run goes on from the last checkpoint in --output_dir."""
     logging_dir: str | None = None
-    """No effect: set TENSORBOARD_LOGGING_DIR."""
+    """Old name of the variable TENSORBOARD_LOGGING_DIR."""
     save_safetensors: bool = True
     """Weights are always saved as safetensors."""
     dual_speed: float | None = None
@@ -335,6 +338,11 @@ class TrainingArguments(transformers.TrainingArguments):
             if not self.warmup_steps:  # explicit steps win, as they always did
                 self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
         self.use_cpu = self.use_cpu or self.no_cuda
+        if self.logging_dir:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", self.logging_dir)
+        for name, reason in NO_EFFECT.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                logger.warning("--%s has no effect: %s", name, reason)
         if self.enable_jit_checkpoint:
             logger.info("--enable_jit_checkpoint: every run saves when it gets SIGTERM or SIGUSR1")
             self.enable_jit_checkpoint = False  # its ranks do not agree on the step
@@ -366,6 +374,15 @@ NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
     "fsdp": (None, "", [], False),
 }
 """Flags of FSDP training -> the values that do not ask for it."""
+
+
+NO_EFFECT: dict[str, str] = {
+    "cache_dir": "set HF_HOME for the hub's files",
+    "mpt_attn_impl": "there is no MPT model here",
+    "lora_weight_path": "LLaVA never read it; --resume_from_checkpoint continues adapters",
+    "save_safetensors": "weights are always saved as safetensors",
+}
+"""Flags that are accepted and do nothing -> why, or what does it."""
 
 
 def _is_settings(text: str) -> bool:
@@ -426,6 +443,7 @@ def build_parser() -> HfArgumentParser:
         (ModelArguments, DataArguments, TrainingArguments),
         prog="python -m llava.train.train",
         description="Train a LLaVA model with or without visual token reduction.",
+        epilog=legacy_flags.epilog(),
     )
 
 
@@ -437,7 +455,7 @@ def parse_args(
     Raises ValueError for unknown flags, values that do not fit, and features that do not exist yet.
     """
     model, data, training, unknown = build_parser().parse_args_into_dataclasses(
-        args=None if argv is None else list(argv),
+        args=legacy_flags.translate(sys.argv[1:] if argv is None else argv),
         return_remaining_strings=True,
         look_for_args_file=False,
     )

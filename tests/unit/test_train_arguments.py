@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
-from llava.train import arguments
+from llava.train import arguments, legacy_flags
 from llava.train.arguments import ModelArguments, parse_args, parse_pinpoints, usable_reports
 
 BASE = ["--model_name_or_path", "base", "--data_path", "data.json"]
@@ -18,16 +21,134 @@ def parse(tmp_path, *flags: str):
     return parse_args([*BASE, "--output_dir", str(tmp_path / "out"), *flags])
 
 
-def test_legacy_defaults_are_llavas(tmp_path):
-    model, data, training = parse(tmp_path)
-    assert (model.version, model.mm_vision_select_layer, model.mm_projector_type) == (
-        "v0", -1, "linear",
-    )  # fmt: skip
-    assert (model.mm_use_im_patch_token, model.mm_patch_merge_type) == (True, "flat")
-    assert (data.image_aspect_ratio, data.lazy_preprocess) == ("square", False)
-    assert (training.model_max_length, training.bits, training.lora_r) == (512, 16, 64)
-    assert (training.lora_alpha, training.lora_dropout, training.quant_type) == (16, 0.05, "nf4")
-    assert training.loss_mean == "batch"
+# Every flag that the originals add to transformers' own: default, another value as text, as parsed.
+# LLaVA 1.2 train.py, PyramidDrop pdrop_train.py (the lists), Open-LLaVA-NeXT (the last three).
+LEGACY: dict[str, tuple[Any, str, Any]] = {
+    "model_name_or_path": ("base", "other", "other"),
+    "version": ("v0", "v1", "v1"),
+    "freeze_backbone": (False, "True", True),
+    "tune_mm_mlp_adapter": (False, "True", True),
+    "vision_tower": (None, "clip", "clip"),
+    "mm_vision_select_layer": (-1, "-2", -2),
+    "pretrain_mm_mlp_adapter": (None, "p.bin", "p.bin"),
+    "mm_projector_type": ("linear", "mlp2x_gelu", "mlp2x_gelu"),
+    "mm_use_im_start_end": (False, "True", True),
+    "mm_use_im_patch_token": (True, "False", False),
+    "mm_patch_merge_type": ("flat", "spatial_unpad", "spatial_unpad"),
+    "mm_vision_select_feature": ("patch", "cls_patch", "cls_patch"),
+    "layer_list": (None, "[8,16]", "[8,16]"),
+    "image_token_ratio_list": (None, "[0.5,0.25]", "[0.5,0.25]"),
+    "data_path": ("data.json", "other.json", "other.json"),
+    "lazy_preprocess": (False, "True", True),
+    "is_multimodal": (False, "True", True),
+    "image_folder": (None, "images", "images"),
+    "image_aspect_ratio": ("square", "pad", "pad"),
+    "cache_dir": (None, "cache", "cache"),
+    "optim": ("adamw_torch_fused", "adamw_torch", "adamw_torch"),  # LLaVA: adamw_torch, same steps
+    "remove_unused_columns": (False, "False", False),
+    "freeze_mm_mlp_adapter": (False, "True", True),
+    "mpt_attn_impl": ("triton", "torch", "torch"),
+    "model_max_length": (512, "2048", 2048),
+    "double_quant": (True, "False", False),
+    "quant_type": ("nf4", "fp4", "fp4"),
+    "bits": (16, "4", 4),
+    "lora_enable": (False, "True", True),
+    "lora_r": (64, "128", 128),
+    "lora_alpha": (16, "256", 256),
+    "lora_dropout": (0.05, "0.1", 0.1),
+    "lora_weight_path": ("", "w", "w"),
+    "lora_bias": ("none", "all", "all"),
+    "mm_projector_lr": (None, "2e-5", 2e-5),
+    "group_by_modality_length": (False, "True", True),
+    "unfreeze_mm_vision_tower": (False, "True", True),
+    "mm_vision_tower_lr": (None, "2e-6", 2e-6),
+    "lora_qv_proj_only": (False, "True", True),
+}
+BESIDE = {"bits": ["--lora_enable", "True"], "layer_list": ["--image_token_ratio_list", "[1,1]"],
+          "image_token_ratio_list": ["--layer_list", "[1,2]"]}  # fmt: skip
+
+
+def value(parsed: tuple, name: str) -> Any:
+    found = next(vars(part)[name] for part in parsed if name in vars(part))
+    return getattr(found, "value", found)
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_legacy_flags_keep_name_type_and_default(name: str, tmp_path):
+    """LLaVA's flags, given and left out, in both spellings that argparse knows."""
+    default, text, wanted = LEGACY[name]
+    assert value(parse(tmp_path), name) == default
+    beside = BESIDE.get(name, [])
+    for words in ([f"--{name}", text], [f"--{name}={text}"]):
+        found = value(parse(tmp_path, *beside, *words), name)
+        assert (found, type(found)) == (wanted, type(wanted))
+
+
+def test_help_documents_every_legacy_flag():
+    said = " ".join(arguments.build_parser().format_help().split())
+    for name in (*LEGACY, *legacy_flags.RENAMED, *legacy_flags.REFUSED):
+        assert re.search(rf"--{name}\b", said), name
+    for action in arguments.build_parser()._actions:
+        if action.dest in LEGACY:
+            assert len(action.help or "") > 5, action.dest
+
+
+def test_old_names_mean_the_new_ones(tmp_path, monkeypatch):
+    for old, new in legacy_flags.RENAMED.items():
+        text = "3" if "batch_size" in old else "x" if "hub" in old else "True"
+        assert value(parse(tmp_path, f"--{old}", text), new) == value(
+            parse(tmp_path, f"--{new}={text}"), new
+        )
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    parse(tmp_path, "--logging_dir", "boards")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "boards"
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+
+
+@pytest.mark.parametrize("name", legacy_flags.REFUSED)
+def test_flags_without_their_feature_are_never_passed_over(name: str):
+    refused = legacy_flags.REFUSED[name]
+    for text in refused.accepted:
+        for words in ([f"--{name}", text], [f"--{name.replace('_', '-')}={text}"]):
+            assert legacy_flags.translate(["--seed", "1", *words, "--bf16"]) == [
+                "--seed", "1", "--bf16",
+            ]  # fmt: skip
+    with pytest.raises(ValueError, match=f"--{name} -7 is not offered") as caught:
+        legacy_flags.translate([f"--{name}", "-7"])
+    assert refused.instead in str(caught.value)
+    assert name not in {action.dest for action in arguments.build_parser()._actions}
+
+
+def test_flags_of_the_library_llava_was_written_for_are_all_known():
+    """The 25 arguments of transformers 4.37 that its successors dropped, and those dropped since
+    that are fields here."""
+    fields = set(arguments.TrainingArguments.__dataclass_fields__)
+    dropped = [
+        "per_gpu_train_batch_size", "per_gpu_eval_batch_size", "use_mps_device",
+        "jit_mode_eval", "use_ipex", "fp16_opt_level", "half_precision_backend",
+        "tpu_num_cores", "tpu_metrics_debug", "past_index", "fsdp_min_num_params",
+        "fsdp_transformer_layer_cls_to_wrap", "adafactor", "torchdynamo", "ray_scope",
+        "use_legacy_prediction_loop", "include_inputs_for_metrics", "fp16_backend",
+        "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
+        "mp_parameters", "dispatch_batches", "split_batches", "include_tokens_per_second",
+    ]  # fmt: skip
+    kept = [
+        "overwrite_output_dir", "evaluation_strategy", "warmup_ratio", "logging_dir",
+        "no_cuda", "save_safetensors", "group_by_length", "local_rank",
+    ]  # fmt: skip
+    known = {*legacy_flags.RENAMED, *legacy_flags.REFUSED}
+    assert [name for name in dropped if name not in known] == []
+    assert not known & fields
+    assert [name for name in kept if name not in fields] == []
+
+
+def test_flags_without_effect_are_said(tmp_path, caplog):
+    words = ["--cache_dir", "x", "--mpt_attn_impl", "torch", "--lora_weight_path", "y",
+             "--save_safetensors", "False"]  # fmt: skip
+    with caplog.at_level("WARNING", logger="llava"):
+        parse(tmp_path, *words)
+    for name in arguments.NO_EFFECT:
+        assert f"--{name} has no effect" in caplog.text
 
 
 def test_dropped_flags_are_translated(tmp_path):
