@@ -2,9 +2,8 @@
 
 Special here: the text under a field is its ``--help``. Flags that transformers 5 dropped are
 accepted and translated, so scripts written for LLaVA run; flags whose feature does not exist here
-are refused by name when they are set (``NOT_AVAILABLE_YET``, ``legacy_flags.py``), and those
-without effect are said (``NO_EFFECT``). Sources: LLaVA-1.5
-train.py, PyramidDrop pdrop_train.py, Open-LLaVA-NeXT train.py.
+are refused by name when they are set (``legacy_flags.py``), and those without effect are said
+(``NO_EFFECT``). Sources: LLaVA-1.5 train.py, PyramidDrop pdrop_train.py, Open-LLaVA-NeXT train.py.
 ``python -m llava.train.train --help``
 """
 
@@ -29,6 +28,7 @@ from transformers import HfArgumentParser
 
 from llava.reduction.plan import ReductionPlan, plan_from_flags
 from llava.train import legacy_flags
+from llava.train.fsdp import fsdp_settings
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -264,10 +264,13 @@ class TrainingArguments(transformers.TrainingArguments):
     """Steps between two probes; 0 means at each validation."""
 
     def __post_init__(self) -> None:
-        self._refuse_what_is_not_there()
         if isinstance(self.deepspeed, str) and self.deepspeed and not _is_settings(self.deepspeed):
             raise ValueError(f"--deepspeed {self.deepspeed}: there is no such file")
         self._check_lora()
+        settings = fsdp_settings(self.fsdp, self.fsdp_config)
+        self.fsdp, self.fsdp_config = (True, settings) if settings else (None, None)
+        if settings and self.deepspeed:
+            raise ValueError("--fsdp and --deepspeed exclude each other; give one")
         self._translate()
         self._match_device()
         self.report_to = usable_reports(self.report_to)
@@ -305,15 +308,6 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("--token_budget needs --packed True: it counts tokens without padding")
         if self.token_budget and grouped:
             raise ValueError(f"--token_budget makes its own batches; leave out --{grouped[0]}")
-
-    def _refuse_what_is_not_there(self) -> None:
-        for name, accepted in NOT_AVAILABLE_YET.items():
-            value = getattr(self, name)
-            if value not in accepted:
-                raise ValueError(
-                    f"--{name} {value} is not available yet; accepted: "
-                    + " or ".join(str(item) for item in accepted)
-                )
 
     def _check_lora(self) -> None:
         if self.bits not in (4, 8, 16):
@@ -369,11 +363,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
 PACKED_BACKENDS = ("sdpa", "varlen", "flash_attention_2", "eager")
 """Backends for --packed; sdpa means varlen then, eager masks the whole pack (slow, a reference)."""
-
-NOT_AVAILABLE_YET: dict[str, tuple[Any, ...]] = {
-    "fsdp": (None, "", [], False),
-}
-"""Flags of FSDP training -> the values that do not ask for it."""
 
 
 NO_EFFECT: dict[str, str] = {

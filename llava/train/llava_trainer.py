@@ -10,6 +10,7 @@ included) beside config.json, and a run resumes from it. Source: LLaVA-1.5 llava
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, trainer_pt_utils
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, rotate_checkpoints
 from transformers.trainer_utils import seed_worker
 
 from llava.constants import IGNORE_INDEX
 from llava.train.callbacks import FollowEpochs, ProgressLines
 from llava.train.dual_speed import DualSpeed, without_isolator
+from llava.train.fsdp import STATE_FOLDER, load_state, save_state, shard_on_cpu
 from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
@@ -31,9 +34,13 @@ from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
 from llava.train.sampler import EpochSeeded, LengthGroupedSampler, TokenBudgetBatches, shuffled
 from llava.train.saving import (
     PROJECTOR_FILE,
+    STAGING,
     caching_config,
+    gathered_state,
     load_projector_state,
     projector_state,
+    publish,
+    remove_leftovers,
     staging_folder,
 )
 from llava.train.telemetry import meter_of
@@ -49,6 +56,7 @@ class LLaVATrainer(Trainer):
     `adapters`: they hold a LoRA run's files instead. `image_processor`: saved with both kinds of
     models, so that they are complete without the tower's folder. `dual_speed`: which steps run
     under its plan, and which on all tokens with a teacher.
+    `resume`: the checkpoint that the caller goes on from (`checkpoint_to_resume`).
     """
 
     def __init__(
@@ -58,10 +66,13 @@ class LLaVATrainer(Trainer):
         adapters: Adapters | None = None,
         image_processor: Any = None,
         dual_speed: DualSpeed | None = None,
+        resume: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.dual_speed = dual_speed
+        self.checkpoints_go_to: Path | None = None
+        self.resume = resume
         self.image_processor = image_processor
         self.projector_only = projector_only
         self.adapters = adapters
@@ -78,6 +89,12 @@ class LLaVATrainer(Trainer):
         self.add_callback(FollowEpochs(self))
         if self.args.probe_samples:
             self.add_callback(Probe(self, self.args.probe_samples, self.args.probe_steps))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:  # accelerate turns it on for GPUs alone
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     # -- data --------------------------------------------------------------------------------------
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -160,19 +177,14 @@ class LLaVATrainer(Trainer):
         with self.meter.left_out():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.meter.flush()  # the sums belong to the checkpoint
-        with self.meter.left_out():
-            super()._save_checkpoint(*args, **kwargs)
-
     # -- loss --------------------------------------------------------------------------------------
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Targets of a step over all micro-batches; None for the mean of means."""
+        """Targets of a step over all micro-batches and ranks; None for the mean of means."""
         if self.args.loss_mean == "batch" or not batch_samples:
             return None
         # The first token of a row is never predicted.
         counts = [batch["labels"][:, 1:].ne(IGNORE_INDEX).sum() for batch in batch_samples]
-        return torch.stack(counts).sum().to(device)
+        return self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
 
     def compute_loss(
         self,
@@ -194,6 +206,8 @@ class LLaVATrainer(Trainer):
         else:
             outputs = forward()
         loss = outputs.loss
+        if num_items_in_batch is not None:  # gradients and logged losses are averaged over ranks
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     # -- a step's end ------------------------------------------------------------------------------
@@ -240,6 +254,8 @@ class LLaVATrainer(Trainer):
             self._save(output_dir, projector_state(self.model, keep=keep))
         elif self.adapters is not None:
             self._save(output_dir, self.adapters.state(self.model, keep=keep))
+        elif self.is_fsdp_enabled:
+            self._save(output_dir, gathered_state(self.model, keep=keep))
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -267,9 +283,69 @@ class LLaVATrainer(Trainer):
                 self.processing_class.save_pretrained(staging)
             torch.save(self.args, staging / "training_args.bin")
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Every rank writes beside the earlier checkpoints; the folder gets its name when all are
+        done, and only then do old ones go. Killed at any moment, there is a whole one."""
+        self.meter.flush()  # the sums belong to the checkpoint
+        with self.meter.left_out():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        home, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.checkpoints_go_to = home / STAGING
+        written = self.checkpoints_go_to / name
+        if self.is_local_process_zero():
+            remove_leftovers(home)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.checkpoints_go_to = None
+        self._name_best_checkpoint(written, home / name)
+        # Where nodes share no disk, each keeps its ranks' part.
+        for mine in (self.is_world_process_zero(), self.is_local_process_zero()):
+            self.accelerator.wait_for_everyone()
+            if mine and written.exists():
+                publish(written, home / name)
+                shutil.rmtree(home / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(home), self.args.save_total_limit, best, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = self.checkpoints_go_to
+        return super()._get_output_dir(trial) if folder is None else str(folder)
+
+    def _name_best_checkpoint(self, written: Path, final: Path) -> None:
+        """The state remembers the best checkpoint by its path; this one is about to move."""
+        if self.state.best_model_checkpoint != str(written):
+            return
+        self.state.best_model_checkpoint = str(final)
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_state(self.model, self.optimizer, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / STATE_FOLDER).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_state(self.model, self.optimizer, checkpoint)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        if (Path(resume_from_checkpoint) / STATE_FOLDER).is_dir():
+            return  # the weights come with the optimizer
         projector = Path(resume_from_checkpoint) / PROJECTOR_FILE
         if self.projector_only and projector.is_file():
             load_projector_state(self.model if model is None else model, projector)

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 
 from llava.train.parts import NEWLINE, PROJECTOR
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
 
 PROJECTOR_FILE = "mm_projector.bin"
 
@@ -63,6 +66,15 @@ def _whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
         yield parameter.to(parameter.device_mesh.device_type).full_tensor()
     else:
         yield parameter
+
+
+def gathered_state(model: nn.Module, *, keep: bool | None = None) -> dict[str, torch.Tensor]:
+    """`gathered_parameters` of a whole model with the buffers that belong to a checkpoint."""
+    state = gathered_parameters(model, lambda name: True, keep=keep)
+    if state:
+        names = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+        state |= {name: model.get_buffer(name).detach().cpu() for name in sorted(names)}
+    return state
 
 
 def projector_state(model: Any, *, keep: bool | None = None) -> dict[str, torch.Tensor]:
@@ -113,3 +125,29 @@ def staging_folder(target: Path) -> Iterator[Path]:
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+STAGING = ".saving-checkpoint"
+"""Where checkpoints are written in the output folder, before they get their name."""
+
+
+def publish(written: Path, target: Path) -> None:
+    """Give a complete checkpoint folder its name; one of that name that is there already goes."""
+    for file in written.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        old = written.with_name(f"old-{target.name}")
+        os.replace(target, old)
+        os.replace(written, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(written, target)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a run that was killed while saving has left, and say so."""
+    for folder in sorted((output_dir / STAGING).glob("*")):
+        logger.warning("%s was not complete when the run ended and is removed", folder.name)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)

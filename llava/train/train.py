@@ -38,6 +38,7 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
 from llava.train.rehearsal import rehearse
+from llava.train.resume import checkpoint_to_resume
 from llava.train.safety import EXIT_PREEMPTED, RunStopped
 from llava.train.setup import (
     add_image_tokens,
@@ -128,6 +129,7 @@ def make_trainer(
     when samples were only to be shown."""
     check_paths(model_args, data_args)
     start_processes(training_args)
+    resume = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
     transformers.utils.logging.disable_progress_bar()
     check_plan(model_args)
@@ -160,6 +162,7 @@ def make_trainer(
         processing_class=tokenizer,
         projector_only=model_args.tune_mm_mlp_adapter,
         adapters=adapters,
+        resume=resume,
         image_processor=getattr(model.get_vision_tower(), "image_processor", None),
         dual_speed=dual_speed_of(model, model_args, training_args),
     )
@@ -187,7 +190,7 @@ def train(
         rehearse(trainer, facts)
     comparison = Comparison(trainer)
     with trainer.guard.catching_signals():
-        result = fit(trainer, checkpoint_to_resume(training_args))
+        result = fit(trainer)
         compared = comparison.finish()
         trainer.meter.flush()
         trainer.save_state()
@@ -216,11 +219,11 @@ def start_processes(training_args: TrainingArguments) -> None:
     logger.info("rank %d of %d on %s", rank, ranks, device)
 
 
-def fit(trainer: LLaVATrainer, resume: str | bool | None) -> Any:
+def fit(trainer: LLaVATrainer) -> Any:
     """Trainer.train, with the complaint of a data worker in place of its traceback. A run that a
     signal stopped ends here with exit code 75."""
     try:
-        result = trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=trainer.resume)
     except ValueError as error:
         text = str(error)
         if "Original Traceback" not in text:
@@ -230,18 +233,6 @@ def fit(trainer: LLaVATrainer, resume: str | bool | None) -> Any:
         logger.warning("stopped after step %d; the same command goes on", result.global_step)
         raise RunStopped(EXIT_PREEMPTED)
     return result
-
-
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
-    """What to resume from: the flag's, else the last checkpoint of the output folder, else none."""
-    wanted = training_args.resume_from_checkpoint
-    if wanted is not None:
-        return {"True": True, "true": True, "False": None, "false": None}.get(wanted, wanted)
-    found = any(Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json"))
-    if not found or training_args.overwrite_output_dir:
-        return None
-    logger.info("going on from the last checkpoint in %s", training_args.output_dir)
-    return True
 
 
 @user_errors()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_fixtures import write_all
-from two_ranks import Ranks, command, pictures
 
-from llava.train.train import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
+from train_fixtures import write_all  # noqa: E402
+from two_ranks import Ranks, command, pictures  # noqa: E402
+
+from llava.train.train import main  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
-from test_train import command, losses, pictures  # noqa: E402, F401
+from safetensors.torch import load_file
+from test_train import command, losses, pictures  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, TIMEOUT, STEPS = 2, 120, 8
@@ -56,14 +55,16 @@ class Ranks:
             cwd=ROOT, env=environment, stdout=self.output, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def codes(self, arguments: list[str], kill: dict[str, Any] | None = None) -> list[int]:
-        """Run a command on both ranks; their exit codes. Behind the first that fails
+    def codes(
+        self, arguments: list[str], kill: dict[str, Any] | None = None, ranks: int = RANKS
+    ) -> list[int]:
+        """Run a command on both ranks, or on one; the exit codes. Behind the first that fails
         the other has five seconds."""
         base, self.jobs = self.folder / f"job-{self.jobs}", self.jobs + 1
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {"command": arguments, "port": port, "kill": kill}
+        job = {"command": arguments, "port": port, "kill": kill, "ranks": ranks}
         draft = base.with_suffix(".draft")
         draft.write_text(json.dumps(job))
         draft.rename(base.with_suffix(".json"))
@@ -86,11 +87,12 @@ class Ranks:
         """The end of what the ranks wrote during the last command."""
         base = self.folder / f"job-{self.jobs - 1}"
         logs = [Path(f"{base}.{rank}.log") for rank in range(RANKS)]
-        return "".join(f"\n--- {log.name}\n{log.read_text()[-4000:]}" for log in logs)
+        parts = [f"\n--- {log.name}\n{log.read_text()[-4000:]}" for log in logs if log.exists()]
+        return "".join(parts)
 
-    def run(self, arguments: list[str]) -> str:
+    def run(self, arguments: list[str], ranks: int = RANKS) -> str:
         """Run a command to its end; its output. AssertionError if a rank fails or does not end."""
-        codes = self.codes(arguments)
+        codes = self.codes(arguments, ranks=ranks)
         assert codes == [0] * RANKS, f"exit codes {codes}{self.logs()}"
         return self.logs()
 
@@ -118,6 +120,14 @@ def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
         **pictures(folder),
         **flags,
     }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a run has saved: the projector's file, or the whole model's."""
+    projector = folder / "mm_projector.bin"
+    if projector.is_file():
+        return torch.load(projector, weights_only=True)
+    return load_file(folder / "model.safetensors")
 
 
 def need_deepspeed() -> None:

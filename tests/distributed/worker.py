@@ -2,9 +2,12 @@
 
 Started once by torch.distributed.run, because importing everything costs more than a run does. A
 job is a forked child with a process group of its own, so it may be killed, and the next one starts
-from nothing. ``worker.py FOLDER``: job-N.json there is a job, {"command": [...], "port": n,
-"kill": null or {"step": n, "where": "step" or "saving"}}; job-N.rank.log is its output,
-job-N.rank.done its exit code. A file called stop ends the worker, job-N.cancel the job.
+from nothing. ``worker.py FOLDER``: job-N.json there is a job,
+
+    {"command": [...], "port": n, "ranks": n, "kill": null or {"step": n, "where": "saving"}}
+
+job-N.RANK.log is its output, job-N.RANK.done its exit code (0 from a rank that a smaller job leaves
+out). A file called stop ends the worker, job-N.cancel the job.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def run(job: dict[str, Any], log: Path) -> int:
     os.dup2(output, 2)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ["MASTER_PORT"] = str(job["port"])
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(job["ranks"])
     if job["kill"]:
         die_at(**job["kill"])
     try:
@@ -89,7 +93,8 @@ def serve(folder: Path) -> None:
         if not base.with_suffix(".json").exists():
             time.sleep(0.02)
             continue
-        code = child_of(json.loads(base.with_suffix(".json").read_text()), base)
+        job = json.loads(base.with_suffix(".json").read_text())
+        code = child_of(job, base) if int(RANK) < job["ranks"] else 0
         Path(f"{base}.{RANK}.done").write_text(str(code))
         number += 1
 

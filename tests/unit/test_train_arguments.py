@@ -180,7 +180,12 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
     ("flags", "message"),
     [
         (["--bits", "8"], "bits 8 trains adapters only"),
-        (["--fsdp", "full_shard"], "fsdp full_shard is not available yet"),
+        (["--fsdp", "half_shard"], "fsdp half_shard: unknown; accepted: full_shard"),
+        (["--fsdp", "full_shard", "--fsdp_config", '{"version": 1}'], "accepted: version 2"),
+        (
+            ["--fsdp", "full_shard", "--deepspeed", '{"zero_optimization": {}}'],
+            "exclude each other",
+        ),
         (["--warmup_ratio", "3"], "warmup_ratio 3.0"),
         (["--lyer_list", "[1]"], "unknown flag"),
         (["--reduction", "none", "--layer_list", "[1]"], "exclude each other"),
@@ -232,9 +237,3 @@ def test_wandb_is_never_waited_for(monkeypatch, tmp_path):
 def test_pinpoints():
     assert parse_pinpoints(None, 10) == [[10, 20], [20, 10], [20, 20], [30, 10], [10, 30]]
     assert parse_pinpoints("[[336,672]]", 336) == [[336, 672]]
-
-
-def test_refused_flags_exist():
-    """The list of refusals must not outlive the flags it names."""
-    fields = arguments.TrainingArguments.__dataclass_fields__
-    assert set(arguments.NOT_AVAILABLE_YET) <= set(fields)

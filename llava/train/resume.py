@@ -1,0 +1,134 @@
+"""Where a run goes on: the last whole checkpoint, for the engine and the number of ranks it has.
+
+Special here: everything is judged before the model is loaded. A checkpoint of plain or DDP training
+or of FSDP2 may go on with any number of ranks (one of FSDP2 in plain training too); one of ZeRO is
+turned into DeepSpeed's universal form first, once, in a folder beside its own. A checkpoint gets
+its name when it is complete (`llava.train.saving`), so an incomplete one comes from elsewhere: an
+interrupted copy.
+``python -m llava.train.train --resume_from_checkpoint out/checkpoint-500 ...``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.train.fsdp import STATE_FOLDER
+from llava.train.saving import remove_leftovers
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
+
+ENGINES = {"DeepSpeed": "--deepspeed", "FSDP": "--fsdp", "plain": "neither --deepspeed nor --fsdp"}
+"""Who writes checkpoints of their own kind -> the flags that ask for them."""
+
+
+def checkpoint_to_resume(args: Any) -> str | None:
+    """The folder to resume from, made ready for this run: the flag's, else the last whole
+    checkpoint of the output folder, else None. Every rank calls it.
+
+    ValueError for a folder that is incomplete or that this run cannot go on from.
+    """
+    if args.local_process_index == 0:
+        remove_leftovers(Path(args.output_dir))
+    wanted = args.resume_from_checkpoint
+    wanted = {"True": True, "true": True, "False": False, "false": False}.get(wanted, wanted)
+    if wanted is False or (wanted is None and args.overwrite_output_dir):
+        return None
+    if isinstance(wanted, str):
+        folder, fault = Path(wanted), incomplete(Path(wanted))
+        if fault:
+            raise ValueError(f"--resume_from_checkpoint {wanted}: {fault}")
+    else:
+        found = last_whole(Path(args.output_dir))
+        if found is None:
+            if wanted:
+                raise ValueError(
+                    f"--resume_from_checkpoint True: no whole checkpoint in {args.output_dir}"
+                )
+            return None
+        folder = found
+    logger.info("going on from %s", folder)
+    fit_engine(folder, args)
+    return str(folder)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The checkpoint of the highest step that is complete; a warning names every one above it."""
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
+    steps = sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)
+    for _, path in steps:
+        fault = incomplete(path)
+        if not fault:
+            return path
+        logger.warning("%s is left out: %s", path, fault)
+    return None
+
+
+def incomplete(folder: Path) -> str:
+    """What a checkpoint folder lacks, "" if nothing."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "not a whole checkpoint (no readable trainer_state.json)"
+    latest = folder / "latest"
+    if latest.is_file() and not (folder / latest.read_text().strip()).is_dir():
+        return f"not a whole checkpoint (no {latest.read_text().strip()})"
+    if _deepspeed_folder(folder) and not latest.is_file():
+        return "not a whole checkpoint (DeepSpeed's file `latest` is missing)"
+    return ""
+
+
+def fit_engine(folder: Path, args: Any) -> None:
+    """ValueError unless the run's engine can read the checkpoint; one of ZeRO with another number
+    of ranks is converted, and the run set to read the result."""
+    now = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else "plain"
+    shards = _deepspeed_folder(folder)
+    then = "DeepSpeed" if shards else "FSDP" if (folder / STATE_FOLDER).is_dir() else "plain"
+    if now != then and (now, then) != ("plain", "FSDP"):
+        raise ValueError(
+            f"{folder} was written with {ENGINES[then]}, this run has {ENGINES[now]}: go on with "
+            "what it was written with, or start anew from its weights (--model_name_or_path)"
+        )
+    if shards is None:
+        return
+    ranks = len(list(shards.glob("*_optim_states.pt")))
+    if ranks == args.world_size:
+        return
+    logger.info("%s was written by %d ranks, here are %d", folder, ranks, args.world_size)
+    if args.process_index == 0:
+        make_universal(shards)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+
+
+def make_universal(shards: Path) -> None:
+    """Write DeepSpeed's universal form of a ZeRO checkpoint beside it, unless it is there already.
+    ValueError when it cannot be made (SGD under ZeRO-3: there must be Adam's two moments)."""
+    done = shards.parent / "latest_universal"
+    if done.is_file():
+        return
+    module = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    target = str(shards.parent / f"{shards.name}_universal")
+    paths = ["--input_folder", str(shards), "--output_folder", target, "--inject_missing_state"]
+    result = subprocess.run([*module, *paths], capture_output=True, text=True)
+    if result.returncode or not done.is_file():
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(
+            f"{shards.parent} cannot be turned into a universal checkpoint, so only as many ranks "
+            f"as wrote it can go on from it: {reason}"
+        )
+
+
+def _deepspeed_folder(folder: Path) -> Path | None:
+    found = [path for path in folder.glob("global_step*") if path.name[11:].isdigit()]
+    return found[0] if found else None
