@@ -441,7 +441,7 @@ def parse_args(
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The three argument groups of a command line.
 
-    Raises ValueError for unknown flags, values that do not fit, and features that do not exist yet.
+    Raises ValueError for unknown flags and values that do not fit.
     """
     model, data, training, unknown = build_parser().parse_args_into_dataclasses(
         args=legacy_flags.translate(sys.argv[1:] if argv is None else argv),

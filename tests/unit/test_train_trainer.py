@@ -131,9 +131,10 @@ def test_grouping_flags_give_an_order_of_seed_and_epoch(flag):
 def test_items_of_a_step_leave_out_what_is_never_predicted():
     batch = {"labels": torch.tensor([[5, 6, -100], [-100, 7, 8]])}
     count = LLaVATrainer._get_num_items_in_batch
-    tokens = SimpleNamespace(args=SimpleNamespace(loss_mean="tokens"))
+    two_ranks = SimpleNamespace(gather=lambda number: torch.stack([number, number + 1]))
+    tokens = SimpleNamespace(args=SimpleNamespace(loss_mean="tokens"), accelerator=two_ranks)
     means = SimpleNamespace(args=SimpleNamespace(loss_mean="batch"))
-    assert count(tokens, [batch, batch], torch.device("cpu")) == 6
+    assert count(tokens, [batch, batch], torch.device("cpu")) == 6 + 7
     assert count(means, [batch], torch.device("cpu")) is None
 
 
