@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
     "verify": Command("llava.verify:main", "check that a checkpoint is read as it was meant"),
     "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),
+    "card": Command("llava.model.model_card:main", "write a checkpoint's README.md, with scores"),
     "flops": Command("llava.reduction.flops:main", "cost of a plan in closed form"),
     "plan": Command("llava.reduction.budget:main", "layers and ratios that meet a budget"),
     "chat": Command("llava.serve.cli:main", "a dialogue about pictures in the terminal"),

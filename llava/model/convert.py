@@ -35,11 +35,21 @@ from llava.model.builder import (
     resolve_folder,
 )
 from llava.model.chat_template import after_picture, chat_template
-from llava.model.checkpoint_layout import read_json
+from llava.model.checkpoint_layout import NON_LORA_FILE, inspect_checkpoint, read_json, read_weights
 from llava.model.hf_config import nest
-from llava.model.key_maps import EMBEDDINGS, HEAD, from_llava, with_vision_model
+from llava.model.key_maps import (
+    EMBEDDINGS,
+    HEAD,
+    NEWLINE,
+    PROJECTOR_PREFIX,
+    adapter_names,
+    from_llava,
+    rename_all,
+    with_vision_model,
+)
+from llava.model.model_card import SUMMARY_FILE, write_card
 from llava.model.tokenizers import load_tokenizer
-from llava.utils import get_logger, json_dump, user_errors
+from llava.utils import atomic_write, get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
 
@@ -55,10 +65,12 @@ def convert(
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     max_shard_size: str = "5GB",
+    scores: Sequence[str | Path] = (),
 ) -> Path:
-    """Write `source` as the new folder `target`; returns it.
+    """Write `source` as the new folder `target`, with a model card; returns it.
 
-    model_base, vision_tower: as in `load_checkpoint`. ValueError for a source that cannot be read
+    model_base, vision_tower: as in `load_checkpoint`. scores: folders of runs for the card (their
+    plan and set are named there). ValueError for a source that cannot be read
     or that the other layout cannot hold, and for a target that exists.
     """
     if to not in ("hf", "llava"):
@@ -79,6 +91,11 @@ def convert(
         write = _write_hf if to == "hf" else _write_llava
         write(folder, parts, config, tokenizer, image_processor_of(model, parts), max_shard_size)
         _copy_generation_config(parts.folders, folder)
+        summary = parts.folders[0] / SUMMARY_FILE
+        if summary.is_file():
+            shutil.copyfile(summary, folder / SUMMARY_FILE)
+        made_from = f"{source}: {parts.origin.value}"
+        write_card(folder, name=target.name, made_from=made_from, scores=scores)
     log.info("%s -> %s: %d weights (%s)", source, target, len(parts.weights), parts.origin.value)
     return target
 
@@ -240,6 +257,35 @@ def _take_off_tokens(folder: Path, before: dict[str, Any]) -> None:
     json_dump(file, {key: value for key, value in settings.items() if key != "processor_class"})
 
 
+# ---------------------------------------------------------------------------------- the projector
+def extract_projector(source: str | Path, target: str | Path) -> list[str]:
+    """Write a checkpoint's projector (and image newline) as a mm_projector.bin; returns the names.
+
+    source: a folder of any layout, whole, LoRA or projector-only. ValueError when it holds no
+    projector.
+    """
+    files = inspect_checkpoint(resolve_folder(source))
+    if files.kind == "full":
+        weights = rename_all(read_weights(files.weights))
+    else:
+        lora = files.kind == "lora"
+        weights = adapter_names(
+            read_weights([files.path / NON_LORA_FILE] if lora else files.weights)
+        )
+    found = {
+        name: value.contiguous().clone()
+        for name, value in weights.items()
+        if name.startswith(PROJECTOR_PREFIX) or name == NEWLINE
+    }
+    if not any(name.startswith(PROJECTOR_PREFIX) for name in found):
+        raise ValueError(f"{source} holds no projector ({PROJECTOR_PREFIX}*)")
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target, "wb") as file:
+        torch.save(found, file)
+    return sorted(found)
+
+
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """`llava convert --to hf|llava SOURCE TARGET`."""
@@ -250,9 +296,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
     parser.add_argument("--vision-tower", help="tower to use in place of the checkpoint's")
     parser.add_argument("--max-shard-size", default="5GB", help="default 5GB")
+    parser.add_argument(
+        "--scores", nargs="+", default=[], metavar="RUN", help="runs for the model card"
+    )
     args = parser.parse_args(argv)
     convert(
-        args.source, args.target, args.to, args.model_base, args.vision_tower, args.max_shard_size
+        args.source,
+        args.target,
+        args.to,
+        args.model_base,
+        args.vision_tower,
+        args.max_shard_size,
+        args.scores,
     )
     return 0
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from llava.model.model_card import SUMMARY_FILE, write_card
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_args
 from llava.train.compare import Comparison, format_line, run_without_plan
@@ -54,8 +55,6 @@ from llava.train.token_counts import count_tokens
 from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
 
 logger = get_logger("llava.train.train")
-
-SUMMARY_FILE = "train_summary.json"
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -245,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if summary and training_args.process_index == 0:
         path = Path(training_args.output_dir) / SUMMARY_FILE
         json_dump(path, {"command": arguments, **summary})
+        write_card(path.parent)
         logger.info("saved to %s (%.0f s)", training_args.output_dir, summary["seconds"])
         if summary["compare"]:
             logger.info(format_line(summary["compare"]))

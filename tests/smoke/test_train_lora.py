@@ -98,7 +98,11 @@ def test_a_run_loads_as_the_model_that_was_trained(files, tmp_path, trained, mor
     assert any("vision_tower" in key for key in rest) is ("lora_qv_proj_only" in more)
     config = json.loads((out / "config.json").read_text())
     assert [cut["at"] for cut in config["visual_token_reduction"]["cuts"]] == [1, 2]
-    counts = json.loads((out / "train_summary.json").read_text())["trained_parameters"]
+    summary = json.loads((out / "train_summary.json").read_text())
+    card = (out / "README.md").read_text()
+    for said in ("pyramiddrop:layers=[1,2]", summary["data_hash"], str(files / "base")):
+        assert said in card
+    counts = summary["trained_parameters"]
     assert counts["language"] == sum(value.numel() for value in adapter.values())
 
     tokenizer, model, processor, _ = load_pretrained_model(str(out), device="cpu")
