@@ -15,6 +15,7 @@
 #   GLOBAL_BATCH=N     samples a step; whatever the number of GPUs, it stays what it is
 #   BATCH=N            samples a GPU takes at once; the rest is accumulated
 #   PACKED=0           pad the samples of a batch instead of laying them one behind the other
+#   COMPARE=N          measure N steps without the plan first (--compare_steps)
 #   SAVE_STEPS=N       a checkpoint every N steps (default: the recipe's, which is more than it has)
 #   SMOKE=1            three steps on a tiny model and data that are made on the spot (SMOKE_DIR)
 #   DRY_RUN=1          print the command

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from llava.model.builder import load_pretrained_model
-from llava.train.arguments import build_parser, parse_args
+from llava.train.arguments import build_parser
 from llava.train.train import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -493,24 +492,6 @@ def test_the_process_ends_with_a_code_and_no_traceback(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: give one of")
-
-
-@pytest.mark.parametrize("name", ["pretrain", "finetune"])
-@pytest.mark.parametrize("reduction", [None, "none"])
-def test_shipped_scripts_parse(name, reduction, monkeypatch):
-    env = {**os.environ, "DRY_RUN": "1"} | ({"REDUCTION": reduction} if reduction else {})
-    script = ROOT / "scripts" / "v1_5" / "pdrop_train" / f"{name}.sh"
-    shown = subprocess.run(
-        ["bash", str(script)], capture_output=True, text=True, check=True, env=env, timeout=60
-    )
-    words = shlex.split(shown.stdout)
-    assert words[1:3] == ["-m", "llava.train.train_mem_pdrop"]
-    model, data, training = parse_args(words[3:])
-    plan = model.plan()
-    assert [cut.at for cut in plan.cuts] == ([] if reduction else [8, 16, 24])
-    assert training.get_warmup_steps(1000) == 30
-    assert data.image_aspect_ratio == ("pad" if name == "finetune" else "square")
-    assert model.tune_mm_mlp_adapter == (name == "pretrain")
 
 
 def test_every_field_of_ours_has_help():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from llava import cli
 from llava.reduction import ReductionPlan
 from llava.train.arguments import parse_args
 
@@ -207,7 +209,7 @@ def test_variables_and_later_flags_win(machine) -> None:
     variables = {
         "MODEL": "mine", "DATA_PATH": "d.json", "IMAGE_FOLDER": "i", "OUTPUT_DIR": "o",
         "PROJECTOR": "p.bin", "VISION_TOWER": "t", "GLOBAL_BATCH": "64", "PACKED": "0",
-        "LAYER_LIST": "[4]", "RATIO_LIST": "[0.5]", "SAVE_STEPS": "500",
+        "LAYER_LIST": "[4]", "RATIO_LIST": "[0.5]", "SAVE_STEPS": "500", "COMPARE": "50",
     }  # fmt: skip
     found = values(
         split(dry_run("v1_5/pdrop_train/finetune", "--learning_rate", "3", **variables))[1]
@@ -217,6 +219,7 @@ def test_variables_and_later_flags_win(machine) -> None:
     ]  # fmt: skip
     assert (found["output_dir"], found["pretrain_mm_mlp_adapter"]) == ("o", "p.bin")
     assert (found["vision_tower"], found["packed"], found["save_steps"]) == ("t", False, 500)
+    assert found["compare_steps"] == 50
     assert (found["learning_rate"], found["gradient_accumulation_steps"]) == (3.0, 4)
     assert str(found["plan"]) == "pyramiddrop:layers=[4],ratios=[0.5]"
 
@@ -281,6 +284,31 @@ def test_the_global_batch_stays_what_it_is(gpus: int, batch: str, expected, mach
 )
 def test_what_cannot_be_started_is_said(script: str, variables: dict, said: str, machine) -> None:
     assert said in refusal(script, **variables)
+
+
+@pytest.mark.parametrize(
+    "entry", ["train", "train_mem", "train_mem_pdrop", "train_mem_pdrop_next", "llava train"]
+)
+def test_every_entry_point_is_the_same_program(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As files, as LLaVA's scripts start them, and from the command line of the package."""
+    words = ["--model_name_or_path", str(tmp_path / "nowhere"), "--data_path", str(tmp_path / "x"),
+             "--output_dir", str(tmp_path / "out"), "--local_rank=0"]  # fmt: skip
+    file = str(ROOT / "llava" / "train" / f"{entry}.py")
+    monkeypatch.setattr(sys, "argv", [file, *words])
+
+    def start_entry() -> None:
+        if entry == "llava train":
+            cli.main(["train", *words])
+        else:
+            runpy.run_path(file, run_name="__main__")
+
+    with pytest.raises(SystemExit) as stop:
+        start_entry()
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"error: data file not found: {tmp_path / 'x'}"
 
 
 # -------------------------------------------------------------------------------------- real steps
