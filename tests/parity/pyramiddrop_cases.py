@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import training_cases
 from on_device import on_device
 from PIL import Image
 from recorded import BACKENDS, Check
@@ -283,4 +284,6 @@ def run_case(case: Path) -> list[tuple[str, Check]]:
                 check_inference(check, model, meta, inputs, expected, prefixes, side)
                 check_vision(check, model, case, inputs, expected)
             out.append((f"{backend}, {side} padding" if padded else backend, check))
+    if training:
+        out += training_cases.through_trainer(case)
     return out

@@ -1,4 +1,7 @@
-"""Recorded label masks and sampler orders, and that the check itself can fail."""
+"""Recorded label masks, sampler orders and steps, and that the check itself can fail.
+
+The stored steps run in test_reference.py with all recorded cases, here those beside the checkout.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import shutil
 
 import pytest
 from conftest import DATA, reference_root
-from training_cases import LABELS_FILE, SAMPLER_FILE, run
+from safetensors.torch import load_file, save_file
+from training_cases import LABELS_FILE, SAMPLER_FILE, run, through_trainer
 
 STORED = DATA / "pyramiddrop" / "preprocess"
 
@@ -84,3 +88,16 @@ def test_a_changed_recording_is_reported(tmp_path, name, change):
     for folder in STORED.glob("tokenizer_*legacy"):
         shutil.copytree(folder, tmp_path / folder.name)
     assert len([result for result in run(tmp_path) if result[1]]) == 1
+
+
+def test_a_changed_step_is_reported(tmp_path):
+    """Of the loss, or of one gradient: on every layout."""
+    shutil.copytree(STORED.parent / "_weights", tmp_path / "_weights")
+    case = shutil.copytree(STORED.parent / "d3_train_b3_padded", tmp_path / "case")
+    expected = load_file(case / "expected.safetensors")
+    gradient = next(name for name in expected if name.startswith("grad."))
+    expected["loss"] += 0.01
+    expected[gradient][0] += 0.01
+    save_file(expected, case / "expected.safetensors")
+    for variant, check in through_trainer(case):
+        assert [failure.split(":")[0] for failure in check.failures] == ["loss", gradient], variant

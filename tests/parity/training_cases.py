@@ -1,8 +1,11 @@
-"""Recorded training cases: label masks and the order of the length-grouped sampler.
+"""Recorded training cases through the trainer's own path: labels, order, loss and gradients.
 
-Special here: paths are relative to the folder that is given, so the same rule runs on any folder
-with these files. Called by tests/parity/reference_cases.py:
-``python tests/parity/reference_cases.py tests/data/pyramiddrop``.
+Special here: nothing is called that a run does not call. Labels are those of
+`LazySupervisedDataset`, orders those of `LLaVATrainer`; a recorded step goes from the data set
+through the trainer's data loader and collator to `training_step`, padded and packed. Paths are
+relative to the folder that is given, so the same rule runs on any folder with these files. Called
+by tests/parity/reference_cases.py: ``python tests/parity/reference_cases.py
+tests/data/pyramiddrop``.
 """
 
 from __future__ import annotations
@@ -58,13 +61,46 @@ def _check_labels(record: dict[str, Any], tokenizer_folder: Path) -> str | None:
         return None if "error" in record else f"raised {error}"
     if "error" in record:
         return f"no error; recorded {record['error']}"
-    for what in ("input_ids", "labels"):
-        mine = getattr(got, what)
-        if mine != record[what]:
-            return f"{what} are {mine}, recorded {record[what]}"
     if (got.warning or None) != (record["warning"] or None):
         return f"warning is {got.warning!r}, recorded {record['warning']!r}"
+    sample = {"input_ids": got.input_ids, "labels": got.labels}
+    if got.n_targets or got.warning:  # else the data set refuses it: nothing to learn
+        sample = _from_dataset(record, tokenizer_folder)
+    for what in ("input_ids", "labels"):
+        if sample[what] != record[what]:
+            return f"{what} are {sample[what]}, recorded {record[what]}"
     return None
+
+
+def _from_dataset(record: dict[str, Any], tokenizer_folder: Path) -> dict[str, Any]:
+    """The sample that a run with ``--label_mode legacy`` would train on."""
+    from llava.train.dataset import LazySupervisedDataset
+    from llava.train.preprocess import training_template
+
+    raw = {"conversations": record["conversations"]} | (
+        {"image": "recorded"} if record["has_image"] else {}
+    )
+    return LazySupervisedDataset(
+        [raw],
+        _tokenizer(tokenizer_folder),
+        training_template(record["template"]),
+        reader=Shown({"recorded": (None, (0, 0))}, 1),
+        label_mode="legacy",
+        use_im_start_end=record.get("mm_use_im_start_end", False),
+    )[0]
+
+
+class Shown:
+    """In place of an ImageReader: recorded pixels and sizes by name, `tokens` for each picture."""
+
+    def __init__(self, pictures: dict[str, tuple[Any, Any]], tokens: int) -> None:
+        self.pictures, self.tokens = pictures, tokens
+
+    def __call__(self, name: str) -> tuple[Any, Any]:
+        return self.pictures[name]
+
+    def visual_tokens(self, sizes: list) -> list[int]:
+        return [self.tokens] * len(sizes)
 
 
 def sampler_cases(folder: Path) -> Iterator[Result]:
@@ -91,8 +127,137 @@ def _check_sampler(case: dict[str, Any]) -> str | None:
         group_by_modality=case["group_by_modality"],
     )
     torch.manual_seed(case["torch_seed"])
-    got = list(sampler)
-    return None if got == case["indices"] else f"order is {got}, recorded {case['indices']}"
+    orders = [list(sampler)]
+    if case["group_by_modality"]:
+        orders.append(_trainer_order(case))
+    wrong = [order for order in orders if order != case["indices"]]
+    return f"order is {wrong[0]}, recorded {case['indices']}" if wrong else None
+
+
+def _trainer_order(case: dict[str, Any]) -> list[int]:
+    """The first epoch of a run whose seed is the recorded one, on as many ranks."""
+    from types import SimpleNamespace
+
+    from llava.train.llava_trainer import LLaVATrainer
+
+    args = SimpleNamespace(
+        group_by_modality_length=True, train_batch_size=case["batch_size"],
+        world_size=case["world_size"], gradient_accumulation_steps=1,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        args=args, train_dataset=_Sized(case["lengths"]), _data_seed=case["torch_seed"]
+    )
+    return list(LLaVATrainer._get_train_sampler(trainer))
+
+
+class _Sized(list):
+    """A data set of which only the lengths are asked."""
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        return list(self)
+
+
+# ------------------------------------------------------------------------------- recorded steps
+def through_trainer(case: Path) -> list[tuple[str, Any]]:
+    """A recorded training step as a run makes it, on every layout: [(variant, Check)]."""
+    import torch
+    from on_device import BACKENDS, DEVICE
+    from pyramiddrop_cases import ATOL, RTOL, load_case, plan_of
+    from recorded import Check
+
+    if DEVICE.type != "cpu":
+        return []
+    out = []
+    for backend, packed in (*((name, False) for name in BACKENDS), ("varlen", True)):
+        model, meta, inputs, expected = load_case(case, backend)
+        model.config.visual_token_reduction = plan_of(meta).to_dict()
+        model.get_vision_tower().requires_grad_(False)
+        check = Check(ATOL, RTOL)
+        loss, grads = _one_step(model, inputs, packed)
+        check.close("loss", torch.tensor([loss]), expected["loss"])
+        without = sorted(name for name, grad in grads.items() if grad is None)
+        if without != sorted(meta.get("params_without_grad", [])):
+            check.failures.append(f"parameters without a gradient: {without}")
+        squares = [float(g.double().square().sum()) for g in grads.values() if g is not None]
+        check.close("grad_norm", torch.tensor([sum(squares) ** 0.5]), expected["grad_norm"])
+        for name, value in expected.items():
+            if name.startswith("grad."):
+                check.close(name, grads[name.removeprefix("grad.")], value)
+        out.append((f"trainer, {'packed' if packed else f'{backend}, padded'}", check))
+    return out
+
+
+def _one_step(model: Any, inputs: dict[str, Any], packed: bool) -> tuple[float, dict[str, Any]]:
+    """A run of one step on the recorded samples: its loss, and the gradients in front of the
+    optimizer by parameter (None where there is none)."""
+    import tempfile
+
+    from transformers import TrainerCallback
+
+    from llava.train.arguments import TrainingArguments
+    from llava.train.dataset import Collator
+    from llava.train.llava_trainer import LLaVATrainer
+
+    grads: dict[str, Any] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    grad = parameter.grad
+                    grads[name] = None if grad is None else grad.clone()
+
+    dataset = recorded_dataset(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder, use_cpu=True, packed=packed, report_to="none", max_steps=1,
+            per_device_train_batch_size=len(dataset), model_max_length=dataset.max_length,
+            save_strategy="no", optim="sgd", max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer = LLaVATrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=Collator(0, model.splicer, packed),
+            callbacks=[Keep()],
+        )
+        return trainer.train().training_loss, grads
+
+
+def recorded_dataset(model: Any, inputs: dict[str, Any]) -> Any:
+    """The recorded samples as a data set: ids and labels as if they had been tokenised, pixels as
+    if they had been read."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.train.dataset import LazySupervisedDataset
+    from llava.train.preprocess import Encoded, training_template
+
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    mask = inputs.get("attention_mask", ids.new_ones(ids.shape)).bool()
+    sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else [(0, 0)] * len(ids)
+    pictures = {
+        str(i): (pixels, tuple(size))
+        for i, (pixels, size) in enumerate(zip(inputs["pixel_values"], sizes, strict=True))
+    }
+    encoded = {
+        i: Encoded(row[real].tolist(), own[real].tolist())
+        for i, (row, own, real) in enumerate(zip(ids, labels, mask, strict=True))
+    }
+    # A sample of text alone was recorded with a dummy picture, which a run does not make.
+    records = [
+        {"conversations": []} | ({"image": str(i)} if IMAGE_TOKEN_INDEX in own.input_ids else {})
+        for i, own in encoded.items()
+    ]
+    dataset = LazySupervisedDataset(
+        records,
+        None,
+        training_template("v1"),
+        reader=Shown(pictures, model.get_vision_tower().num_patches),
+        max_length=model.config.max_position_embeddings,
+        cache_text=True,
+    )
+    dataset._text = encoded
+    return dataset
 
 
 def run(folder: str | Path) -> list[Result]:
