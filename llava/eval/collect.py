@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.paper_tables import Printed, papers_average, printed
 from llava.eval.published import PUBLISHED, Published, published_for
 from llava.eval.questions import read_json_lines
 from llava.eval.run_folder import config_hash
@@ -24,8 +25,6 @@ from llava.reduction import ReductionPlan
 SPEED_KEYS = ("questions", "questions_per_second", "first_token_ms", "seconds", "tera_flops")
 SCORE_KEYS = ("metric", "value", "low", "high", "n", "n_missing", "dialect", "metrics")
 _OF_GROUP = ("benchmark", "model_path", "model_base", "model_files", "n", "questions_sha256")
-MME_SCALE = 20
-"""The papers divide MME's perception by it before they average."""
 
 
 @dataclass(frozen=True)
@@ -307,29 +306,49 @@ def published_of(run: Run) -> Published | None:
     return published_for(SimpleNamespace(**content)) if all(k in content for k in needed) else None
 
 
-def papers_average(scores: Mapping[str, float]) -> float:
-    """Mean of the columns, MME's perception divided by 20. ValueError for none."""
-    if not scores:
-        raise ValueError("papers_average: there are no columns")
-    scaled = [value / MME_SCALE if name == "MME" else value for name, value in scores.items()]
-    return sum(scaled) / len(scaled)
+def papers_of(run: Run, methods: Sequence[str]) -> list[Printed]:
+    """What is printed for a run's checkpoint: LLaVA's own scores without dropping, then the lines
+    of the papers about these methods."""
+    known = published_of(run)
+    if known is None:
+        return []
+    return [Printed(known.name, "none", "", known.scores), *printed(known.name, methods)]
 
 
 @dataclass(frozen=True)
 class Average:
-    """The papers' average of one plan over `columns`."""
+    """The papers' average of one plan over the columns of `scores`. runs: one a column."""
 
     checkpoint: str
     plan: str
     variant: str
-    columns: tuple[str, ...]
-    value: float
+    scores: dict[str, float]
+    runs: tuple[Run, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.scores)
+
+    @property
+    def value(self) -> float:
+        return papers_average(self.scores)
+
+    @property
+    def tera_flops(self) -> float | None:
+        """Of one question in the mean over the sets; None where a run does not say."""
+        costs = [run.tera_flops for run in self.runs]
+        return None if None in costs else sum(costs) / len(costs)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of one question in the mean over the sets."""
+        return sum(run.milliseconds for run in self.runs) / len(self.runs)
 
 
 def averages(groups: Sequence[Sequence[Run]]) -> list[Average]:
     """The papers' average of each plan that was run on every set of its checkpoint; a checkpoint
     with one set has none."""
-    tables: dict[tuple[str, str], dict[tuple[str, str], dict[str, float]]] = {}
+    tables: dict[tuple[str, str], dict[tuple[str, str], dict[str, tuple[float, Run]]]] = {}
     columns: dict[tuple[str, str], dict[str, None]] = {}
     for group in groups:
         key = (group[0].checkpoint, group[0].hardware)
@@ -338,13 +357,15 @@ def averages(groups: Sequence[Sequence[Run]]) -> list[Average]:
             if value is not None:
                 columns.setdefault(key, {})[column(run)] = None
                 rows = tables.setdefault(key, {})
-                rows.setdefault((run.plan, variant), {})[column(run)] = value
-    return [
-        Average(key[0], plan, variant, tuple(columns[key]), papers_average(scores))
-        for key, table in tables.items()
-        for (plan, variant), scores in table.items()
-        if len(scores) == len(columns[key]) > 1
-    ]
+                rows.setdefault((run.plan, variant), {})[column(run)] = value, run
+    found = []
+    for key, table in tables.items():
+        for (plan, variant), own in table.items():
+            if len(own) == len(columns[key]) > 1:
+                scores = {name: own[name][0] for name in columns[key]}
+                runs = tuple(own[name][1] for name in columns[key])
+                found.append(Average(key[0], plan, variant, scores, runs))
+    return found
 
 
 def _percent(run: Run) -> float | None:

@@ -21,7 +21,6 @@ from typing import Any
 from llava.eval import charts
 from llava.eval.collect import (
     FIELDS,
-    MME_SCALE,
     Average,
     Collected,
     Run,
@@ -29,13 +28,15 @@ from llava.eval.collect import (
     collect,
     column,
     grouped,
+    papers_of,
     published_of,
     rows,
     sharing,
     sharing_sentences,
     variants,
 )
-from llava.eval.pages import document, dot, facts_list, method_of, section, table, two
+from llava.eval.pages import document, dot, facts_list, method_of, section, table, two, unique
+from llava.eval.paper_tables import MME_SCALE, Printed, papers_average
 from llava.eval.report import align, figure, legend
 from llava.utils import atomic_write, json_dump, user_errors
 
@@ -43,9 +44,13 @@ STYLE = """
 td.plan { white-space: normal; min-width: 170px; max-width: 340px; }
 td.plan small { display: block; padding-left: 17px; overflow-wrap: anywhere; }
 tbody tr.published td { color: #5c6472; font-style: italic; }
-.two + .scroll, .scroll + dl { margin-top: 14px; }
+.two + .scroll, .scroll + .scroll, .scroll + dl { margin-top: 14px; }
+td.papers { white-space: normal; text-align: left; width: 85%; }
+th:last-child:nth-child(2) { text-align: left; white-space: normal; }
+td.papers span { display: inline-block; margin-right: 20px; }
 .scroll + ul { margin-top: 8px; }
-@media (max-width: 480px) { .two svg .tick, .two svg .axis { font-size: 14px; } }
+@media (max-width: 480px) { td.source { white-space: normal; min-width: 90px; }
+  .two svg .tick, .two svg .axis { font-size: 14px; } }
 h3 small { color: #5c6472; font-weight: 400; }
 """
 HEAD = (
@@ -110,10 +115,34 @@ def plan_words(run: Run, variant: str) -> str:
 
 
 def published_rows(group: Sequence[Run]) -> list[tuple[str, float]]:
-    """What is published for the group's checkpoint on its set."""
+    """What is published for the group's checkpoint on its set, without dropping."""
     known = published_of(group[0])
     value = known.scores.get(column(group[0])) if known else None
     return [] if known is None or value is None else [(f"published: {known.name}", value)]
+
+
+def paper_lines(group: Sequence[Run]) -> dict[str, list[Printed]]:
+    """Source -> what the papers print of the group's checkpoint on its set: for the methods that
+    were run, and no dropping."""
+    found: dict[str, list[Printed]] = {}
+    for line in papers_of(group[0], methods(group)):
+        if line.words and column(group[0]) in line.scores:
+            found.setdefault(line.source, []).append(line)
+    return found
+
+
+def paper_sentences(group: Sequence[Run]) -> list[str]:
+    """The same, a sentence a source."""
+    name = column(group[0])
+    return [
+        f"{source}: " + "; ".join(f"{line.words} {line.scores[name]:.1f}" for line in lines)
+        for source, lines in paper_lines(group).items()
+    ]
+
+
+def methods(group: Sequence[Run]) -> list[str]:
+    """The methods of a group's runs, no dropping among them."""
+    return unique(["none", *(method_of(run.plan) for run in group)])
 
 
 def average_sentence(found: Sequence[Average]) -> str:
@@ -121,6 +150,32 @@ def average_sentence(found: Sequence[Average]) -> str:
     columns = ", ".join(found[0].columns)
     mme = f"; MME's perception counts divided by {MME_SCALE}" if "MME" in found[0].columns else ""
     return f"{found[0].checkpoint}: mean of {columns}{mme}"
+
+
+def average_head(found: Sequence[Average]) -> list[str]:
+    """Titles of an average's table."""
+    return ["plan", *found[0].columns, "average", "FLOPs", "ms"]
+
+
+def average_cells(each: Average) -> list[str]:
+    """The figures behind a plan: every set, their average, what a question costs."""
+    scores = [f"{value:.2f}" for value in each.scores.values()]
+    costs = [flops_text(each.tera_flops), f"{each.milliseconds:.3g}"]
+    return [*scores, f"{each.value:.2f}", *costs]
+
+
+def published_averages(found: Sequence[Average]) -> list[list[str]]:
+    """Lines of the papers that have all columns, averaged by their rule."""
+    columns = found[0].columns
+    runs = [run for each in found for run in each.runs]
+    found: dict[tuple[str, ...], str] = {}
+    for line in papers_of(runs[0], methods(runs)):
+        if set(columns) <= set(line.scores):
+            scores = {name: line.scores[name] for name in columns}
+            figures = [*scores.values(), papers_average(scores)]
+            key = line.method, *(f"{value:.2f}" for value in figures)
+            found.setdefault(key, line.name)  # papers repeat each other's figures
+    return [[f"published: {name}", *figures, "–", "–"] for (_, *figures), name in found.items()]
 
 
 def by_columns(found: Sequence[Average]) -> list[list[Average]]:
@@ -141,10 +196,12 @@ def format_text(groups: Sequence[Sequence[Run]]) -> str:
             body.append([plan_words(run, variant), *cells(run)])
         for name, value in published_rows(group):
             body.append([name, f"{value:.2f}", *["–"] * (len(HEAD) - 2)])
-        blocks.append("\n".join([title(group), align(body), *sharing_sentences(group)]))
+        said = [*paper_sentences(group), *sharing_sentences(group)]
+        blocks.append("\n".join([title(group), align(body), *said]))
     for found in by_columns(averages(groups)):
-        lines = [["plan", "average"]]
-        lines += [[_named(each), f"{each.value:.2f}"] for each in found]
+        lines = [average_head(found)]
+        lines += [[_named(each), *average_cells(each)] for each in found]
+        lines += published_averages(found)
         blocks.append(f"{average_sentence(found)}\n{align(lines)}")
     return "\n\n".join(blocks)
 
@@ -163,11 +220,13 @@ def format_markdown(groups: Sequence[Sequence[Run]]) -> str:
         for name, value in published_rows(group):
             body.append([name, f"{value:.2f}", *["–"] * (len(HEAD) - 2)])
         parts += [f"### {title(group)}", _markdown_table(HEAD, body)]
-        parts += [f"- {sentence}" for sentence in sharing_sentences(group)]
+        said = [*paper_sentences(group), *sharing_sentences(group)]
+        parts += ["\n".join(f"- {sentence}" for sentence in said)] if said else []
     for found in by_columns(averages(groups)):
-        body = [[f"`{e.plan}` {e.variant}".strip(), f"{e.value:.2f}"] for e in found]
+        body = [[f"`{e.plan}` {e.variant}".strip(), *average_cells(e)] for e in found]
+        body += published_averages(found)
         parts += [f"### Average, {average_sentence(found)}"]
-        parts += [_markdown_table(("plan", "average"), body)]
+        parts += [_markdown_table(average_head(found), body)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -222,7 +281,23 @@ def introduction(groups: Sequence[Sequence[Run]]) -> str:
 def group_section(group: Sequence[Run]) -> str:
     """Charts and table of runs over the same questions."""
     drawn = chart_pair(group)
-    return section(title(group), group[0].hardware, drawn + group_table(group))
+    return section(title(group), group[0].hardware, drawn + group_table(group) + papers(group))
+
+
+def papers(group: Sequence[Run]) -> str:
+    """What the papers print of the same set and checkpoint, a line a source."""
+    name, body = column(group[0]), []
+    for source, lines in paper_lines(group).items():
+        items = "".join(
+            f"<span>{dot(line.method)}{escape(line.words)} <b>{line.scores[name]:.1f}</b></span>"
+            for line in lines
+        )
+        body.append(
+            f'<tr><td class="source">{escape(source)}</td><td class="papers">{items}</td></tr>'
+        )
+    if not body:
+        return ""
+    return table(("in the papers", f"{name} with the methods above"), body)
 
 
 def chart_pair(group: Sequence[Run]) -> str:
@@ -299,18 +374,41 @@ def group_table(group: Sequence[Run]) -> str:
 
 
 def average_section(found: Sequence[Average]) -> str:
-    """The papers' average, named by its columns."""
+    """The papers' average: charts, and every set in a column."""
     if not found:
         return ""
     content = ""
     for group in by_columns(found):
-        body = [
-            f"<tr>{plan_cell(each.plan, each.variant)}<td>{each.value:.2f}</td></tr>"
-            for each in group
-        ]
+        body = []
+        for each in group:
+            figures = "".join(f"<td>{cell}</td>" for cell in average_cells(each))
+            body.append(f"<tr>{plan_cell(each.plan, each.variant)}{figures}</tr>")
+        for name, *figures in published_averages(group):
+            line = "".join(f"<td>{cell}</td>" for cell in figures)
+            body.append(f'<tr class="published"><td class="plan">{escape(name)}</td>{line}</tr>')
         words = escape(average_sentence(group))
-        content += f'<p class="note">{words}</p>' + table(("plan", "average"), body)
+        content += f'<p class="note">{words}</p>' + average_charts(group)
+        content += table(average_head(group), body)
     return section("Average over the sets", "Only plans that were run on all of them.", content)
+
+
+def average_charts(group: Sequence[Average]) -> str:
+    """The average against FLOPs and against time of a question, both means over the sets."""
+    axes = [("ms a question, measured", [each.milliseconds for each in group])]
+    costs = [each.tera_flops for each in group]
+    if None not in costs:
+        factor, unit = flops_unit(costs)
+        axes.insert(0, (f"{unit} a question", [factor * cost for cost in costs]))
+    drawn = []
+    for title_, across in axes:
+        series: dict[str, list[charts.Point]] = {}
+        for each, x in zip(group, across, strict=True):
+            label = f"{_named(each)}: {each.value:.2f}"
+            hollow = not all(run.shared for run in each.runs)
+            point = charts.Point(x, each.value, each.value, each.value, label, hollow=hollow)
+            series.setdefault(method_of(each.plan), []).append(point)
+        drawn.append(charts.scatter_chart(series, x_title=title_, y_title="average"))
+    return two(drawn)
 
 
 def sharing_section(groups: Sequence[Sequence[Run]]) -> str:

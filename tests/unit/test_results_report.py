@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from llava.eval import collect, results_report
+from llava.eval.paper_tables import PAPER_TABLES, papers_average
 from llava.eval.run_folder import config_hash
 
 CONFIG_15 = {"model_type": "llava_llama", "num_hidden_layers": 32, "hidden_size": 4096}
@@ -99,7 +101,7 @@ def test_everything_arrives_in_all_outputs(results: Path, tmp_path: Path, capsys
         assert "random:layers=[8],ratios=[0.5] is slower than no dropping" in content
     assert "0123456789ab+" in page
     assert not re.search(r"<script|(src|href)=[\"']http", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6  # two a set, two for the average
     assert 'fill="#fff" stroke="#2457d6"' in page  # a ring: whole prompts
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == len(json.loads(objects.read_text())["runs"]) == 7
@@ -132,9 +134,73 @@ def test_the_papers_average(results: Path) -> None:
     assert found[PYRAMID, ""].value == pytest.approx((84.1 + 70) / 2)
     # A line of LLaVA-1.5-7B by hand: (62.0 + 66.8 + 64.3 + 85.9 + 58.2 + 75.535) / 6
     line = {"GQA": 62.0, "SQA": 66.8, "MMB": 64.3, "POPE": 85.9, "TextVQA": 58.2, "MME": 1510.7}
-    assert collect.papers_average(line) == pytest.approx(68.7892, abs=1e-4)
+    assert papers_average(line) == pytest.approx(68.7892, abs=1e-4)
     with pytest.raises(ValueError, match="no columns"):
-        collect.papers_average({})
+        papers_average({})
+
+
+def test_papers_stand_beside_own_runs(results: Path) -> None:
+    """Rows of the methods that were run, each figure once; averages over the same columns."""
+    groups = collect.grouped(collect.collect([results]).runs)
+    (pope,) = (group for group in groups if group[0].benchmark == "pope")
+    assert results_report.published_rows(pope) == [("published: liuhaotian/llava-v1.5-7b", 85.9)]
+    said = {line.split(": ", 1)[0]: line for line in results_report.paper_sentences(pope)}
+    assert said["PyramidDrop, table 1"].endswith("no dropping 85.9; pyramiddrop, 1.78 T 84.8")
+    assert "pyramiddrop, trained with it 86.0" in said["PyramidDrop, table 3"]
+    assert set(said) == {*(f"PyramidDrop, table {n}" for n in (1, 3, 5)), "YOPO, table 2"}
+    assert "fastv" not in str(said)  # nobody ran it
+    page = results_report.group_section(pope)
+    assert "pyramiddrop, 1.78 T <b>84.8</b>" in page
+    (found,) = results_report.by_columns(collect.averages(groups))
+    lines = {name: figures for name, *figures in results_report.published_averages(found)}
+    own = lines["published: pyramiddrop, 1.78 T, PyramidDrop, table 1"]
+    assert own[:3] == ["84.80", "1500.80", f"{(84.8 + 1500.8 / 20) / 2:.2f}"]
+    assert "published: pyramiddrop, λ = 0.5, trained with it, PyramidDrop, table 7" not in lines
+
+
+def test_the_rule_gives_the_averages_that_pyramiddrop_prints() -> None:
+    """Printed figures are rounded to 0.1, so an average of them may be 0.05 off, and is rounded
+    again. One line of FastV is further off, by 0.002."""
+    asked, outside = 0, []
+    for table in PAPER_TABLES:
+        for row in table.rows:
+            if row.average is None:
+                continue
+            asked += 1
+            off = abs(papers_average(table.scores(row)) - row.average)
+            if off > 0.1:
+                outside.append((table.source, row.model, row.method))
+                assert off < 0.11
+            if row.method in ("none", "pyramiddrop"):
+                assert off <= 0.1
+    assert asked == 37
+    assert outside == [("PyramidDrop, table 1", "liuhaotian/llava-v1.5-7b", "fastv")]
+    # No other way to count MME does: not as it is, not of 2,800, not left out.
+    for scale in (1.0, 28.0, None):
+        wrong = 0
+        for table in PAPER_TABLES:
+            for row in table.rows:
+                scores = table.scores(row)
+                mme = scores.pop("MME", None)
+                if mme is not None and row.average is not None:
+                    values = [*scores.values(), *([] if scale is None else [mme / scale])]
+                    wrong += abs(sum(values) / len(values) - row.average) > 0.1
+        assert wrong >= 18
+
+
+def test_the_page_of_results_shows_every_line() -> None:
+    page = (ROOT / "docs" / "Results.md").read_text(encoding="utf-8")
+    lines = [
+        [cell.strip() for cell in line.split("|")] for line in page.splitlines() if "|" in line
+    ]
+    numbers = [[float(c) for c in line if re.fullmatch(r"\d+(\.\d+)?", c)] for line in lines]
+    for table in PAPER_TABLES:
+        for row in table.rows:
+            wanted = [*row.values, *([] if row.average is None else [row.average])]
+            if table.source.startswith("FastV"):  # other columns stand between
+                assert any(set(wanted) <= set(line) for line in numbers), row
+            else:
+                assert any(line[-len(wanted) :] == wanted for line in numbers), row
 
 
 def _settings_changed(folder: Path) -> None:
