@@ -456,6 +456,7 @@ def parse_args(
         raise ValueError("give one of --model_name_or_path and --init_from_config")
     if data.eval_data_path is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
+    _check_counts(training)
     _check_probe(training)
     model.plan()
     parts = model.tunable_parts()
@@ -473,6 +474,20 @@ def _check_lora_parts(model: ModelArguments, parts: tuple[str, ...] | None) -> N
     if model.tune_mm_mlp_adapter or (parts is not None and "mm_language_model" not in parts):
         flag = "--tune_mm_mlp_adapter" if parts is None else "--mm_tunable_parts"
         raise ValueError(f"{flag} leaves the language model alone; --lora_enable has no use there")
+
+
+def _check_counts(training: TrainingArguments) -> None:
+    """ValueError for a run without steps, batches or checkpoints."""
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"--{name} {getattr(training, name)}; accepted: 1 or more")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise ValueError(
+            f"nothing to do: --num_train_epochs {training.num_train_epochs:g} and "
+            f"--max_steps {training.max_steps}"
+        )
+    if training.save_strategy.value == "steps" and training.save_steps <= 0:
+        raise ValueError(f"--save_steps {training.save_steps:g}; accepted: above 0")
 
 
 def _check_probe(training: TrainingArguments) -> None:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import seed_worker
 from llava.constants import IGNORE_INDEX
 from llava.train.callbacks import FollowEpochs, ProgressLines
 from llava.train.dual_speed import DualSpeed, without_isolator
+from llava.train.files import saving
 from llava.train.fsdp import STATE_FOLDER, load_state, save_state, shard_on_cpu
 from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
@@ -287,7 +288,8 @@ class LLaVATrainer(Trainer):
         """Every rank writes beside the earlier checkpoints; the folder gets its name when all are
         done, and only then do old ones go. Killed at any moment, there is a whole one."""
         self.meter.flush()  # the sums belong to the checkpoint
-        with self.meter.left_out():
+        what = f"the checkpoint of step {self.state.global_step}"
+        with self.meter.left_out(), saving(what, self.args.output_dir):
             self._write_checkpoint(model, trial)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -299,6 +301,10 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.is_local_process_zero():  # room for others on a full disk
+                shutil.rmtree(home / STAGING, ignore_errors=True)
+            raise
         finally:
             self.checkpoints_go_to = None
         self._name_best_checkpoint(written, home / name)

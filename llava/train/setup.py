@@ -356,8 +356,10 @@ def write_settings(
 
 
 def check_plan(model_args: ModelArguments) -> None:
-    """ValueError for a plan that does not fit the base, before its weights are read."""
+    """ValueError for a base of another architecture or a plan that does not fit it, before its
+    tokenizer and weights are read."""
     raw = read_config(model_args)[1]
+    model_class(raw)
     layers, heads = raw.get("num_hidden_layers"), raw.get("num_attention_heads")
     plan = model_args.plan()
     if plan is None or not isinstance(layers, int):

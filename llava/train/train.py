@@ -35,6 +35,7 @@ from llava.train.dataset import (
     supervised_text,
 )
 from llava.train.dual_speed import dual_speed_of
+from llava.train.files import check_checkpoint, reading, saving
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
@@ -175,6 +176,7 @@ def train(
     trainer, counts = make_trainer(model_args, data_args, training_args)
     if trainer is None:
         return {}
+    check_checkpoint(trainer.resume, trainer.model.config)
     facts = {
         "samples": len(trainer.train_dataset),
         "trained_parameters": counts,
@@ -192,8 +194,9 @@ def train(
         result = fit(trainer)
         compared = comparison.finish()
         trainer.meter.flush()
-        trainer.save_state()
-        trainer.save_model(training_args.output_dir)
+        with saving("the model", training_args.output_dir):
+            trainer.save_state()
+            trainer.save_model(training_args.output_dir)
         trainer.meter.flush()
     return {
         **run_figures(trainer.meter),
@@ -222,7 +225,8 @@ def fit(trainer: LLaVATrainer) -> Any:
     """Trainer.train, with the complaint of a data worker in place of its traceback. A run that a
     signal stopped ends here with exit code 75."""
     try:
-        result = trainer.train(resume_from_checkpoint=trainer.resume)
+        with reading(trainer.resume):
+            result = trainer.train(resume_from_checkpoint=trainer.resume)
     except ValueError as error:
         text = str(error)
         if "Original Traceback" not in text:

@@ -1,14 +1,18 @@
-"""What stops a run and what it leaves behind: a loss that is not finite, a signal."""
+"""What stops a run and what it leaves behind: a loss that is not finite, a signal, a disk that is
+full, flags and files that do not fit; and what watches it without touching it."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +326,141 @@ def test_the_probe_answers_with_the_plan_and_disturbs_nothing(
         ids = tokenizer("[INST] what is this one [/INST]", return_tensors="pt").input_ids
         new = model.generate(ids, do_sample=False, max_new_tokens=len(reference.split()) + 9)
         assert tokenizer.decode(new[0], skip_special_tokens=True).strip() == answer
+
+
+# --------------------------------------------------------------------------------------- full disk
+def child(run: Callable[[], None], log: Path) -> int:
+    """Exit code of `run` in a forked process, whose output goes to `log`."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            run()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize("breaks", ["model.safetensors", "optimizer.pt", "the model at the end"])
+def test_a_full_disk_leaves_what_was_there_and_the_run_goes_on(
+    files: Path, tmp_path: Path, breaks: str
+) -> None:
+    """The system refuses to let a file grow any further, behind the first checkpoint."""
+    flags = start(files, tmp_path / "run", max_steps=4, save_total_limit=1)
+    entry.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole/checkpoint-4").iterdir()}
+    assert sizes["optimizer.pt"] > sizes["model.safetensors"] + 2000
+    room = sizes["model.safetensors"] + (1000 if breaks == "optimizer.pt" else -1000)
+    full_at = 4 if breaks == "the model at the end" else 2
+
+    def run() -> None:
+        save = entry.LLaVATrainer._save_checkpoint
+
+        def fill_up(self: Any, *args: Any) -> None:
+            save(self, *args)
+            if self.state.global_step == full_at:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+        entry.LLaVATrainer._save_checkpoint = fill_up
+        entry.main(flags)
+
+    assert child(run, tmp_path / "log") == 2
+    last = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert last.startswith("error: the ")
+    assert "could not be written" in last
+    assert f"checkpoints as they were: checkpoint-{full_at}" in last
+    left = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert left == [f"checkpoint-{full_at}"]
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    entry.main(flags)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert ends[0] == ends[1]
+
+
+# --------------------------------------------------------------------------------------- bad input
+@pytest.fixture(scope="module")
+def trained(files: Path) -> Path:
+    entry.main(start(files, files / "trained", max_steps=2))
+    return files / "trained" / "checkpoint-2"
+
+
+def shaped(files: Path, folder: Path, **settings: Any) -> Path:
+    """The base's config with other settings."""
+    shutil.copytree(files / "config", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"learning_speed": 1}, "unknown flag(s): --learning_speed"),
+        ({"layer_list": "[40]", "image_token_ratio_list": "[0.5]"}, "layer 40 does not fit"),
+        ({"data_path": "{tmp}/text"}, "record 0 is not JSON"),
+        ({"image_folder": "{tmp}/nowhere"}, "image folder not found"),
+        ({"init_from_config": {"model_type": "gpt2"}}, "model_type 'gpt2' cannot be trained here"),
+        ({"init_from_config": {"text_config": {}}}, "transformers' own layout"),
+        ({"resume_from_checkpoint": "{tmp}/nowhere"}, "nowhere"),
+        ({"init_from_config": {"hidden_size": 32}}, "hidden_size is 16 there and 32 here"),
+        ({"init_from_config": {"num_hidden_layers": 5}}, "num_hidden_layers is 4 there and 5 here"),
+        ({"tune_mm_mlp_adapter": True}, "tune_mm_mlp_adapter is False there and True here"),
+        ({"freeze_backbone": True}, "its run trained other parts of the model"),
+        ({"cut": "model.safetensors"}, "cannot be read"),
+        ({"cut": "optimizer.pt"}, "cannot be read"),
+        ({"remove": "optimizer.pt"}, "has no optimizer.pt"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0"),
+        ({"save_steps": 0}, "--save_steps 0"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "nothing to do"),
+        ({"probe_samples": 2}, "--probe_samples 2 needs --probe_steps"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_checkpoints_alone(
+    files: Path, trained: Path, tmp_path: Path, capsys: Any, flags: dict[str, Any], message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run / "checkpoint-2")
+    flags = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in flags.items()}
+    (tmp_path / "text").write_text("[{]")
+    if name := flags.pop("cut", None):
+        file = run / "checkpoint-2" / name
+        file.write_bytes(file.read_bytes()[:3000])
+    if name := flags.pop("remove", None):
+        (run / "checkpoint-2" / name).unlink()
+    if settings := flags.get("init_from_config"):
+        flags["init_from_config"] = shaped(files, tmp_path / "config", **settings)
+    before = {path.name: path.read_bytes() for path in (run / "checkpoint-2").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        entry.main(start(files, run, **flags))
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert before == {path.name: path.read_bytes() for path in (run / "checkpoint-2").iterdir()}
+    assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
+
+
+def test_full_determinism_runs_and_repeats_itself(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the flag sets some for CUDA
+    flags: dict[str, Any] = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
+    try:
+        for name in ("one", "two"):
+            entry.main(start(files, tmp_path / name, full_determinism=True, max_steps=2, **flags))
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert ends[0] == ends[1]
