@@ -25,7 +25,6 @@ import pytest
 from conftest import ROOT
 
 from llava import cli
-from llava.eval import data
 from llava.reduction import ReductionPlan
 
 PAGE = (ROOT / "docs" / "Migrating.md").read_text(encoding="utf-8")
@@ -100,7 +99,7 @@ def llava_command(words: list[str]) -> str | None:
     if words[0] not in cli.COMMANDS:
         return f"no command llava {words[0]}"
     if words[0] == "data":  # its own commands have parsers of their own
-        return parse(data.COMMANDS[words[1]][0], words[2:])
+        return parse(cli.DATA_COMMANDS[words[1]].target.split(":")[0], words[2:])
     module, function = cli.COMMANDS[words[0]].target.split(":")
     assert function == "main"
     return parse(module, words[1:])
