@@ -74,10 +74,15 @@ choose_launcher() {
   fi
   ((there > 0)) || { default DEEPSPEED none; default LAUNCHER torchrun; }
   default DEEPSPEED "$1"
-  [ "$DEEPSPEED" = none ] && default LAUNCHER torchrun
+  [ "$DEEPSPEED" != none ] || default LAUNCHER torchrun
   [ "$NNODES" = 1 ] || [ -n "${HOSTFILE:-}" ] || default LAUNCHER torchrun
   default LAUNCHER deepspeed
   one_of LAUNCHER deepspeed torchrun srun
+  if [ "$LAUNCHER" = deepspeed ] || [ "$DEEPSPEED" != none ]; then
+    [ "$DRY_RUN" = 1 ] ||
+      "$PY" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("deepspeed"))' ||
+      die "deepspeed is not installed: pip install -e '.[deepspeed]', or set DEEPSPEED=none"
+  fi
 }
 
 # split_batch SAMPLES MOST: BATCH x ACCUMULATE x WORLD = SAMPLES, BATCH at most MOST unless it is given.
