@@ -57,6 +57,9 @@ DATA_COMMANDS: dict[str, Command] = {
     "check": Command(
         "llava.eval.data_check:main", "counts, pictures and labels of the benchmarks on disk"
     ),
+    "prepare-train": Command(
+        "llava.train.data_prepare:main", "the folders of a training set from its archives"
+    ),
     "check-train": Command(
         "llava.train.data_check:main", "pictures, turns and tokens of training files"
     ),
