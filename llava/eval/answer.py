@@ -30,6 +30,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from llava.conversation import get_conversation, resolve_conv_mode
 from llava.decoding import Decoding, answer_text, cut_at_eos, eos_ids
+from llava.eval.auto_batch import AUTO, fitting_size
 from llava.eval.batches import Batch, plan_batches
 from llava.eval.prepare import Prepared, Preparer, ahead, to_device
 from llava.eval.questions import Question, check_images_exist
@@ -69,7 +70,7 @@ class Answerer:
         conv_mode: str | None = None,
         reduction: Any = None,
         decoding: Decoding | None = None,
-        batch_size: int = 8,
+        batch_size: int | str = 8,
         seed: int = 0,
         blind: bool = False,
         share: bool = True,
@@ -80,11 +81,13 @@ class Answerer:
         """reduction: None for the checkpoint's own plan, "none" for no dropping. blind: each
         picture is replaced by a grey one of its size. share: False runs whole prompts.
         open_picture: from a question's name of a picture to the picture, in place of files below
-        `image_folder`; called from several threads. Raises ValueError for a plan or a template
-        that does not fit, or a batch size below 1.
+        `image_folder`; called from several threads. batch_size: "auto" finds the largest that
+        fits. Raises ValueError for a plan or a template that does not fit, or a batch size below 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch size is {batch_size}; accepted: 1 and more")
+        self.auto = batch_size == AUTO
+        batch_size = 1 if self.auto else batch_size
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch size is {batch_size!r}; accepted: auto, 1 and more")
         self.model, self.tokenizer = model, tokenizer
         self.plan, self.plan_source = resolve_plan(reduction, model.config)
         self.plan.validate(model.config.num_hidden_layers)
@@ -111,7 +114,7 @@ class Answerer:
             "decoding": asdict(self.decoding),
             "seed": self.seed if self.decoding.temperature > 0 else None,
             "blind": self.blind,
-            "batch_size": self.batch_size,
+            "batch_size": AUTO if self.auto else self.batch_size,
             "share_prefix": self.share,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": getattr(self.model.config, "_attn_implementation", None),
@@ -132,11 +135,21 @@ class Answerer:
         watch = Stopwatch(self.device)
         for ready in prepared:
             watch.mark("wait")
-            yield self.answer_batch(ready, watch, run_id)
+            try:
+                answered = self.answer_batch(ready, watch, run_id)
+            except torch.OutOfMemoryError as err:
+                count = len(ready.questions)
+                raise ValueError(
+                    f"{count} questions together need more memory than {self.device} has; "
+                    "--batch-size sets how many"
+                ) from err
+            yield answered
             watch = Stopwatch(self.device)
 
     def answer_all(self, questions: Sequence[Question], desc: str = "answering") -> list[Record]:
         """One record a question, in their order."""
+        if self.auto:
+            self.batch_size = fitting_size(self, questions)
         batches, run_id = self.batches(questions), config_hash(self.settings())
         answered = self.answer(questions, batches, run_id)
         stream = (record for each in answered for record in each.records)
@@ -297,8 +310,12 @@ def answer_in_folder(
     notes: entries of run.json beside the settings. ValueError for a folder of another run, before
     anything in it is touched.
     """
+    notes = dict(notes or {})
+    if answerer.auto:
+        answerer.batch_size = folder.batch_size(lambda: fitting_size(answerer, questions))
+        notes["batch_size_found"] = answerer.batch_size
     batches = answerer.batches(questions)
-    notes = {"plan_source": answerer.plan_source, "checkpoint": answerer.model_id, **(notes or {})}
+    notes = {"plan_source": answerer.plan_source, "checkpoint": answerer.model_id, **notes}
     folder.open([question.uid for question in questions], batches, ranks, notes)
     log.info(
         "plan: %s (%s); template: %s (%s)",

@@ -15,6 +15,7 @@ import torch
 
 from llava.decoding import Decoding
 from llava.eval.answer import WORKERS
+from llava.eval.auto_batch import batch_size
 from llava.eval.run_folder import config_hash
 from llava.loading_flags import add_loading_flags, loading_options
 from llava.mm_utils import get_model_name_from_path
@@ -29,7 +30,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions answered together")
+    parser.add_argument(
+        "--batch-size", type=batch_size, default=8, metavar="N",
+        help="questions answered together; auto: as many as the device's memory takes",
+    )  # fmt: skip
     parser.add_argument("--blind", action="store_true", help="show a grey picture instead")
     parser.add_argument(
         "--no-share", action="store_true", help="whole prompts: no common prefill for a picture"

@@ -32,6 +32,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.decoding import Decoding, cut_at_eos
 from llava.eval.answer import Answered, Answerer
+from llava.eval.auto_batch import AUTO
 from llava.eval.flags import default_device
 from llava.eval.prepare import Prepared
 from llava.eval.questions import Question, make_uid
@@ -230,8 +231,8 @@ class Llava(lmms):
             raise ValueError(_unknown(unknown))
         plan = plan_from_flags(*map(_unquoted, (reduction, layer_list, image_token_ratio_list)))
         size = str(batch_size)
-        if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; accepted: 1 and more")
+        if size != AUTO and (not size.isdecimal() or int(size) < 1):
+            raise ValueError(f"batch_size is {batch_size!r}; accepted: auto, 1 and more")
         from llava.model.builder import load_pretrained_model
 
         if device is None and device_map in (None, "none"):
@@ -245,7 +246,7 @@ class Llava(lmms):
             )
         )  # fmt: skip
         self.device = torch.device(self._model.device)
-        self.batch_size, self.workers = int(size), workers
+        self.batch_size, self.workers = AUTO if size == AUTO else int(size), workers
         self.pictures = Pictures()
         self.settings = {
             "conv_mode": conv_template,

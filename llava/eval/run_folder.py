@@ -18,11 +18,13 @@ A folder takes one configuration only. ``python -m llava.eval.merge RUN`` joins 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,19 @@ class RunFolder:
         attempt = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": ranks.world}
         if ranks.rank == 0 or not (self.path / "run.json").is_file():
             self._write_run([*self._run().get("attempts", []), attempt], notes)
+
+    def batch_size(self, find: Callable[[], int]) -> int:
+        """How many questions of this run are answered together, where its settings say "auto": what
+        the first process found. ValueError for a folder with other settings."""
+        self.check()
+        path = self.shards / "batch_size.json"
+        if not path.is_file():
+            own = self.shards / f"batch_size.{uuid.uuid4().hex}.json"
+            json_dump(own, {"batch_size": find()})
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(own, path)
+            own.unlink()
+        return int(_read_object(path)["batch_size"])
 
     def check(self) -> None:
         """ValueError when the folder holds a run with other settings, naming what differs."""

@@ -7,8 +7,10 @@ picture or a mask in the wrong place changes an answer.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from transformers import AutoTokenizer
 
 from llava.decoding import Decoding
 from llava.eval import answer_file as answer_module
-from llava.eval import model_vqa_mmbench, model_vqa_science
+from llava.eval import auto_batch, model_vqa_mmbench, model_vqa_science
 from llava.eval import run as run_module
 from llava.eval.answer import answer_questions
 from llava.eval.answer_file import main
@@ -29,6 +31,7 @@ from llava.eval.benchmarks import load_benchmark, resolve_names
 from llava.eval.layouts import LETTER, LETTER_CN
 from llava.eval.merge import main as merge_main
 from llava.eval.questions import Question, read_questions
+from llava.eval.run_folder import RunFolder
 from llava.eval.score import main as score_main
 from llava.mm_utils import clip_image_processor_class
 from llava.model.multimodal_prep import Splicer
@@ -342,6 +345,51 @@ def test_main_writes_chunks_that_make_the_whole(folder, shipped, tokenizer, caps
     assert stop.value.code == 2
     assert "blind: False there, True asked" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_auto_takes_what_fits_and_writes_it_down(folder, shipped, monkeypatch, capsys):
+    """Halved on a full device before anything is answered; restarts and other machines keep it."""
+    room, generate = 3, shipped.generate
+
+    def full(sequence, **kwargs):
+        if len(sequence) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(sequence=sequence, **kwargs)
+
+    monkeypatch.setattr(shipped, "generate", full)
+    monkeypatch.setattr(auto_batch, "tells_when_full", lambda device: True)
+    argv = flags(folder, "--batch-size", "auto")
+    out = folder / "out" / "a.jsonl"
+    shards = folder / "out" / "a.jsonl.run" / "shards"
+    assert main(argv) == 0
+    probe, *answering = [call.rows for call in shipped.calls]
+    assert (probe, max(answering), sum(answering)) == (2, 2, 7)  # 64, ..., 4 did not fit
+    run = json.loads((shards.parent / "run.json").read_text())
+    assert (run["batch_size"], run["batch_size_found"]) == ("auto", 2)
+    whole = out.read_bytes()
+    # A run that lost its answers goes on with the same batches where more would fit.
+    (shards / "answers.rank0000.of0001.jsonl").unlink()
+    out.unlink()
+    room = 64
+    shipped.calls.clear()
+    assert main(argv) == 0
+    assert [call.rows for call in shipped.calls] == answering
+    texts = [[json.loads(line)["text"] for line in each.splitlines()]
+             for each in (whole, out.read_bytes())]  # fmt: skip
+    assert texts[0] == texts[1] == expected(read_questions(folder / "q.jsonl"), shipped.tokenizer)
+    # The first process decides for all.
+    assert RunFolder.at(shards.parent).batch_size(lambda: 16) == 2
+    # A size that was asked for and does not fit ends in one line.
+    room = 1
+    for more, says in ((["3"], "3 questions together need more"), (["auto"], None)):
+        with pytest.raises(SystemExit) if says else contextlib.nullcontext():
+            main(flags(folder, "--answers-file", str(folder / "b.jsonl"), "--batch-size", *more))
+        assert (says or "") in capsys.readouterr().err
+        shutil.rmtree(folder / "b.jsonl.run")
+    room = 0
+    with pytest.raises(SystemExit):
+        main(flags(folder, "--answers-file", str(folder / "c.jsonl"), "--batch-size", "auto"))
+    assert "too small for one question" in capsys.readouterr().err
 
 
 def test_main_takes_the_flags_of_old_scripts(folder, shipped):
