@@ -386,12 +386,16 @@ sys.exit(max(task.wait() for task in tasks))
 SCONTROL = """#!/bin/sh
 if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$*" >>"$STUB_LOG"; fi
 """
+SQUEUE = """#!/bin/sh
+[ -n "$STUB_CANCELLED" ] || echo "$3"
+"""
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     """The environment of a batch script in an allocation of two tasks, on a CPU."""
-    for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL}.items():
+    stubs = {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL, "squeue": SQUEUE}
+    for name, text in stubs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     dropped = {"GPUS", "LAUNCHER", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"}
@@ -434,12 +438,15 @@ def test_a_job_splits_its_samples_over_its_tasks(slurm: dict[str, str], tmp_path
         assert found["deepspeed"] == f"scripts/{zero}.json"
 
 
-@pytest.mark.parametrize(("code", "queued"), [(75, True), (1, False), (3, False), (0, False)])
+@pytest.mark.parametrize(
+    ("code", "cancelled", "queued"),
+    [(75, "", True), (75, "1", False), (1, "", False), (3, "", False), (0, "", False)],
+)
 def test_only_a_saved_job_is_queued_again(
-    code: int, queued: bool, slurm: dict[str, str], tmp_path: Path
+    code: int, cancelled: str, queued: bool, slurm: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
-    job = submit("finetune", cwd=tmp_path, **slurm)
+    job = submit("finetune", cwd=tmp_path, **slurm, STUB_CANCELLED=cancelled)
     job.communicate(timeout=60)
     assert job.returncode == code
     log = tmp_path / "log"
