@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from llava.model.checkpoint_layout import (
+    BASE_KEY,
     NON_LORA_FILE,
     CheckpointFiles,
     inspect_checkpoint,
     read_json,
     read_weights,
+    resolve_folder,
 )
 from llava.model.choices import Choice
 from llava.model.hf_config import DECODERS, flatten
@@ -121,14 +123,18 @@ def _base(files: CheckpointFiles, model_base: str | Path | None) -> CheckpointFi
     """The full checkpoint that an adapter belongs to."""
     what = "LoRA adapter" if files.kind == "lora" else "projector without its language model"
     if model_base is None:
-        named = None
+        named = files.config.get(BASE_KEY)
         if files.kind == "lora":
-            settings = read_json(files.path / "adapter_config.json")
-            named = settings.get("base_model_name_or_path")
-        if not named or not Path(named).is_dir():
+            named = read_json(files.path / "adapter_config.json").get(BASE_KEY) or named
+        try:
+            model_base = resolve_folder(named or "")
+            found = named and model_base.is_dir()
+        except ValueError:  # a hub id that is not to be had
+            found = False
+        if not found:
             hint = f"; it was trained over {named!r}" if named else ""
             raise ValueError(f"{files.path} is a {what}: give its base (--model-base){hint}")
-        model_base = named
+    assert model_base is not None
     base = inspect_checkpoint(model_base)
     if base.kind != "full":
         raise ValueError(f"model_base {base.path} is no full checkpoint but a {base.kind}")

@@ -30,12 +30,7 @@ from llava.constants import (
 from llava.conversation import resolve_conv_mode
 from llava.mm_utils import ASPECT_RATIOS, crop_side
 from llava.model.assemble import Parts, assemble, check_weights
-from llava.model.checkpoint_layout import (
-    ADAPTER_FILES,
-    NON_LORA_FILE,
-    PROJECTOR_FILE,
-    read_json,
-)
+from llava.model.checkpoint_layout import read_json, resolve_folder
 from llava.model.choices import Choice, Choices
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -185,32 +180,6 @@ def load_checkpoint(
 
 
 # -------------------------------------------------------------------------------------- what it is
-_SMALL = (*ADAPTER_FILES, PROJECTOR_FILE, NON_LORA_FILE)
-_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.npy", *_SMALL)
-
-
-def resolve_folder(name: str | Path) -> Path:
-    """A local folder, or the local copy of a hub repository (its .bin files only where it has no
-    safetensors). ValueError when there is none."""
-    path = Path(name).expanduser()
-    text = str(name)
-    if path.exists() or path.is_absolute() or text.count("/") != 1 or text.startswith("."):
-        return path  # `inspect_checkpoint` names what is wrong with it
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
-        if any(folder.glob("*.safetensors")) or any((folder / name).is_file() for name in _SMALL):
-            return folder
-        return Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.bin"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0].split(". ")[0]
-        raise ValueError(
-            f"{text} is neither a folder here nor to be had from the hub: {first}"
-        ) from None
-
-
 def read_config(parts: Parts) -> Any:
     """The config object of assembled parts."""
     raw = {key: value for key, value in parts.config.items() if key != "model_type"}

@@ -32,7 +32,34 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
+BASE_KEY = "base_model_name_or_path"  # peft's, in adapter_config.json; in config.json ours
 _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
+
+
+_SMALL = (*ADAPTER_FILES, PROJECTOR_FILE, NON_LORA_FILE)
+_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.npy", *_SMALL)
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """A local folder, or the local copy of a hub repository (its .bin files only where it has no
+    safetensors). ValueError when there is none."""
+    path = Path(name).expanduser()
+    text = str(name)
+    if path.exists() or path.is_absolute() or text.count("/") != 1 or text.startswith("."):
+        return path  # `inspect_checkpoint` names what is wrong with it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
+        if any(folder.glob("*.safetensors")) or any((folder / name).is_file() for name in _SMALL):
+            return folder
+        return Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"{text} is neither a folder here nor to be had from the hub: {first}"
+        ) from None
 
 
 @dataclass(frozen=True)

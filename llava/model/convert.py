@@ -32,10 +32,15 @@ from llava.model.builder import (
     FAMILIES,
     image_processor_of,
     read_config,
-    resolve_folder,
 )
 from llava.model.chat_template import after_picture, chat_template
-from llava.model.checkpoint_layout import NON_LORA_FILE, inspect_checkpoint, read_json, read_weights
+from llava.model.checkpoint_layout import (
+    NON_LORA_FILE,
+    inspect_checkpoint,
+    read_json,
+    read_weights,
+    resolve_folder,
+)
 from llava.model.hf_config import nest
 from llava.model.key_maps import (
     EMBEDDINGS,

@@ -18,7 +18,7 @@ from typing import Any
 
 from llava.conversation import resolve_conv_mode
 from llava.model.assemble import flat_config
-from llava.model.checkpoint_layout import inspect_checkpoint, read_json
+from llava.model.checkpoint_layout import BASE_KEY, inspect_checkpoint, read_json
 from llava.reduction.plan import CONFIG_KEY, ReductionPlan
 from llava.utils import atomic_write, environment, get_logger, user_errors
 
@@ -114,7 +114,7 @@ def _base(folder: Path, summary: Mapping[str, Any]) -> str | None:
     """The model that the weights were trained from or lie over."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        return read_json(adapter).get("base_model_name_or_path")
+        return read_json(adapter).get(BASE_KEY)
     return summary.get("flags", {}).get("model_name_or_path")
 
 

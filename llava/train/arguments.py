@@ -314,6 +314,11 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"--bits {self.bits}; accepted: 4, 8, 16")
         if self.bits != 16 and not self.lora_enable:
             raise ValueError(f"--bits {self.bits} trains adapters only; add --lora_enable True")
+        if self.bits != 16 and self.fsdp:
+            raise ValueError(
+                f"--bits {self.bits}: quantised weights cannot be split by FSDP here; "
+                "accepted: ZeRO-2, or plain data parallel"
+            )
         if not self.lora_enable:
             return
         if self.lora_r < 1:

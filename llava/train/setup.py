@@ -27,6 +27,7 @@ from llava.constants import (
 from llava.conversation import conv_templates
 from llava.mm_utils import crop_side
 from llava.model.builder import FAMILIES, quantisation
+from llava.model.checkpoint_layout import BASE_KEY
 from llava.model.tokenizers import read_tokenizer
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
@@ -302,15 +303,20 @@ def add_lora(
     beside them: the projector always, embeddings and tower where they are not the base's."""
     if not training_args.lora_enable:
         return None
-    base, raw = read_config(model_args)
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    raw = read_config(model_args)[1]
     also = {"projector"}
     if raw.get("mm_vision_tower") not in (None, getattr(model.config, "mm_vision_tower", None)):
         also.add("tower")
     names = [name for name, _ in model.named_parameters() if part_of(name) in also]
     if raw.get("vocab_size") != model.config.vocab_size:
         names += ["model.embed_tokens.weight", "lm_head.weight"]
-    return add_adapters(model, training_args, base, tuple(names))
+    return add_adapters(model, training_args, base_name(model_args), tuple(names))
+
+
+def base_name(model_args: ModelArguments) -> str:
+    """The base as a checkpoint that lies over it names it: a whole path, or a hub id."""
+    base = read_config(model_args)[0]
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def write_settings(
@@ -337,6 +343,9 @@ def write_settings(
     plan.validate(config.num_hidden_layers)
     config.visual_token_reduction = plan.to_dict() if plan else None
     logger.info("plan: %s (from %s)", plan, source)
+    partial = training_args.lora_enable or model_args.tune_mm_mlp_adapter
+    over = model_args.model_name_or_path if partial else None
+    setattr(config, BASE_KEY, base_name(model_args) if over else None)
     if not model_args.vision_tower:
         return
     config.image_aspect_ratio = data_args.image_aspect_ratio

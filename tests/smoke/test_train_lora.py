@@ -261,6 +261,22 @@ def test_frozen_weights_in_half_the_memory_change_nothing(files, tmp_path, train
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
+def test_a_stage_that_saves_a_part_names_its_base(files, tmp_path, trained):
+    """The projector stage, and LoRA with DualSpeed's tokens, which a finished model leaves out."""
+    flags = {"model_name_or_path": files / "base", **pictures(files, "captions.json")}
+    main(command(**flags, tune_mm_mlp_adapter=True, output_dir=tmp_path / "projector"))
+    more = {"pretrain_mm_mlp_adapter": tmp_path / "projector" / "mm_projector.bin"}
+    more |= {"dual_speed": 0.5, **LORA, **PYRAMID}
+    main(command(**{**flags, **more}, output_dir=tmp_path / "lora"))
+    for name, model in zip(("projector", "lora"), trained, strict=True):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["base_model_name_or_path"] == str(files / "base")
+        _, loaded, _, _ = load_pretrained_model(str(tmp_path / name), device="cpu")
+        torch.testing.assert_close(logits(loaded, "none"), logits(model, "none"))
+    rest = torch.load(tmp_path / "lora" / "non_lora_trainables.bin", weights_only=True)
+    assert not [key for key in rest if "isolator" in key]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_trains_beside_quantised_weights(files, tmp_path, trained, bits):
     """On the CPU, with bitsandbytes' own kernels: the language model's linear layers alone are
@@ -309,6 +325,7 @@ def test_qlora_trains_beside_quantised_weights(files, tmp_path, trained, bits):
         ({"bits": 5}, "--bits 5; accepted: 4, 8, 16"),
         ({"bits": 4, "lora_enable": False}, "add --lora_enable True"),
         ({"bits": 4, "deepspeed": "scripts/zero3.json"}, "cannot be split by ZeRO-3"),
+        ({"bits": 8, "fsdp": "full_shard"}, "cannot be split by FSDP"),
     ],
 )
 def test_bad_flags_end_in_one_line(files, tmp_path, capsys, flags, message):
