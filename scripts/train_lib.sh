@@ -62,6 +62,7 @@ choose_launcher() {
   there=$(gpus_here)
   if [ "$LAUNCHER" = srun ]; then
     [ -n "${SLURM_NTASKS:-}" ] || die "LAUNCHER=srun outside of an allocation; see scripts/slurm"
+    [ -z "${GPUS:-}" ] || die "GPUS=$GPUS with LAUNCHER=srun; the allocation says how many tasks"
     there=${SLURM_GPUS_ON_NODE:-$there}
     WORLD=$SLURM_NTASKS
   else
@@ -75,6 +76,8 @@ choose_launcher() {
   ((there > 0)) || { default DEEPSPEED none; default LAUNCHER torchrun; }
   default DEEPSPEED "$1"
   [ "$DEEPSPEED" != none ] || default LAUNCHER torchrun
+  # deepspeed's launcher knows GPUs by number alone, not by an id as MIG slices have.
+  [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9,]*$ ]] || default LAUNCHER torchrun
   [ "$NNODES" = 1 ] || [ -n "${HOSTFILE:-}" ] || default LAUNCHER torchrun
   default LAUNCHER deepspeed
   one_of LAUNCHER deepspeed torchrun srun
@@ -90,8 +93,9 @@ split_batch() {
   local samples=$1 most=$2 share
   share=$((samples / WORLD))
   if ((samples % WORLD)); then
-    die "GLOBAL_BATCH=$samples does not divide over $WORLD processes; what would:" \
-      "GLOBAL_BATCH=$((share * WORLD)) or $(((share + 1) * WORLD)), or$(divisors "$samples" "$WORLD") of them"
+    die "GLOBAL_BATCH=$samples does not divide over $WORLD processes; what would: GLOBAL_BATCH=$(
+      ((share == 0)) || printf '%d or ' $((share * WORLD))
+    )$(((share + 1) * WORLD)), or$(divisors "$samples" "$WORLD") of them"
   fi
   if [ -n "${BATCH:-}" ]; then
     number BATCH
