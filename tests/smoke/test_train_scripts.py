@@ -196,6 +196,13 @@ def test_stage_2_looks_for_the_projector_of_stage_1(
 ) -> None:
     first = values(split(dry_run(stage_1, **variables))[1])
     second = values(split(dry_run(stage_2, **variables))[1])
+    data = Path("playground/data")  # where llava data prepare-train puts them
+    assert Path(first["data_path"]) == data / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json"
+    assert Path(first["image_folder"]) == data / "LLaVA-Pretrain" / "images"
+    assert Path(second["image_folder"]) == data
+    assert Path(second["data_path"]).name in (
+        "llava_v1_5_mix665k.json", "open-llava-next_instruct_mix1M.json",
+    )  # fmt: skip
     assert second["pretrain_mm_mlp_adapter"] == first["output_dir"] + "/mm_projector.bin"
     assert second["output_dir"] != first["output_dir"]
 

@@ -16,8 +16,8 @@ case $SIZE in
   8b) base=meta-llama/Meta-Llama-3-8B-Instruct length=6144 ;;
 esac
 default MODEL "$base"
-default DATA_PATH ./playground/data/blip_laion_cc_sbu_558k_add-path.json
-default IMAGE_FOLDER ./playground/data
+default DATA_PATH ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
+default IMAGE_FOLDER ./playground/data/LLaVA-Pretrain/images
 default OUTPUT_DIR "./checkpoints/llava-next-$SIZE$(plan_suffix)-pretrain"
 
 run_train 256 8 zero2 \
