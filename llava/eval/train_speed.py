@@ -173,6 +173,7 @@ def measure(
     result: dict[str, Any] = {"plan": str(plan), "losses": losses}
     result |= {f"{name}_ms": one.ms for name, one in series.items()}
     result["spread_ms"] = {name: list(one.spread) for name, one in series.items()}
+    result["tflops"] = {name: step.ideal / flops.TERA for name, step in found.items()}
     best = found["packed_plan"].ideal
     for short, name in (("packed", "packed_none"), ("hf", "hf_padded_none")):
         result[f"ideal_{short}"] = found[name].ideal / best

@@ -245,6 +245,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """DualSpeed: weight of the divergence from the teacher; 0 runs no teacher."""
     dual_speed_isolator: int = 4
     """DualSpeed: learned tokens in front of a picture that tell the model it is under the plan."""
+    estimate: bool = False
+    """Predict memory and time from the config alone, and stop; --estimate --help has more flags."""
     compare_steps: int = 0
     """Measure this many steps without the plan first, and end with what the plan saves."""
     peak_tflops: float | None = None

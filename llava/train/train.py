@@ -25,6 +25,7 @@ import transformers
 
 from llava.model.model_card import SUMMARY_FILE, write_card
 from llava.reduction.plan import resolve_plan
+from llava.train import estimate
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_args
 from llava.train.compare import Comparison, format_line, run_without_plan
 from llava.train.dataset import (
@@ -242,6 +243,9 @@ def fit(trainer: LLaVATrainer) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: bad input ends in one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if estimate.wanted(arguments):
+        estimate.main(arguments)
+        return
     run_without_plan(arguments)
     model_args, data_args, training_args = parse_args(arguments)
     summary = train(model_args, data_args, training_args)

@@ -1,0 +1,275 @@
+"""``llava train --estimate`` against real runs: weights, gradients and optimizer to the byte, what
+autograd keeps against its own hooks and against the allocator."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
+from test_train import command, pictures  # noqa: E402
+from train_fixtures import write_all  # noqa: E402
+
+from llava.train import estimate as module  # noqa: E402
+from llava.train.arguments import parse_args  # noqa: E402
+from llava.train.estimate import (  # noqa: E402
+    Sample,
+    batch_of,
+    build_model,
+    estimate,
+    fake_model,
+    kept_of,
+    optimizer_bytes,
+    rate_of,
+    read_command,
+    wanted,
+)
+from llava.train.train import main, make_trainer  # noqa: E402
+
+CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("estimate")
+    write_all(folder)
+    return folder
+
+
+def words(files: Path, **flags: object) -> list[str]:
+    flags = {
+        "init_from_config": files / "config", "output_dir": files / "out", "max_steps": 1,
+        **pictures(files), **flags,
+    }  # fmt: skip
+    return command(**flags)
+
+
+def rows_of(files: Path, ranks: int = 1, **flags: object) -> dict[str, module.Row]:
+    asked = read_command(words(files, **flags), ranks)
+    return {row.name: row for row in estimate(asked, text=10).rows}
+
+
+class Gradients(TrainerCallback):
+    """Bytes of all gradients in front of an update."""
+
+    bytes = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        self.bytes = sum(grad.nbytes for grad in found)
+
+
+@pytest.fixture(scope="module")
+def base(files: Path) -> Path:
+    main(words(files, vision_tower=None, image_folder=None, output_dir=files / "base",
+               data_path=files / "data" / "text.jsonl"))  # fmt: skip
+    return files / "base"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"tune_mm_mlp_adapter": True, "optim": "adamw_torch"},
+        {"unfreeze_mm_vision_tower": True, "optim": "adafactor"},
+        {"lora_enable": True, "lora_r": 4, "bf16": True, "use_cpu": True},
+    ],
+)
+def test_state_is_that_of_a_run_to_the_byte(files, base, tmp_path, flags):
+    if "lora_enable" in flags:
+        flags = {**flags, "init_from_config": None, "model_name_or_path": base}
+    flags = {**flags, "output_dir": tmp_path, "save_rehearsal": False}
+    trainer, _ = make_trainer(*parse_args(words(files, **flags)))
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    states = [
+        value.nbytes
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    held = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    found = rows_of(files, **flags)
+    assert found["weights"].device == held
+    assert found["gradients"].device == gradients.bytes
+    assert found["optimizer"].device == sum(states)
+
+
+def really_kept(asked, sample: Sample, checkpointing: bool) -> tuple[int, int]:
+    """(bytes of what autograd saves, bytes that stay allocated) of a real forward pass."""
+    torch.manual_seed(0)
+    model = build_model(asked)
+    batch = batch_of(model, sample, asked.flags.per_device_train_batch_size)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(asked.flags.bf16)):
+            return model(**batch, logits_to_keep="targets").loss
+
+    forward().backward()  # gradients are there from now on, and whatever is made once
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        loss = forward()
+        gc.collect()
+    allocated = sum(event.self_cpu_memory_usage for event in trace.key_averages())
+    del loss
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()), allocated
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {**CUTS, "bf16": True, "use_cpu": True},
+        {**CUTS, "attn_implementation": "eager"},
+        {"tune_mm_mlp_adapter": True},
+    ],
+)
+def test_what_is_kept_is_what_autograd_keeps(files, flags):
+    flags = {**flags, "per_device_train_batch_size": 16}
+    asked = read_command(words(files, model_max_length=64, **flags), 1)
+    sample = Sample(text=40, pictures=1, visual=4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kept = kept_of(fake_model(asked), asked, sample)
+    saved, allocated = really_kept(asked, sample, checkpointing=False)
+    assert kept.saved == saved
+    assert allocated == pytest.approx(saved, rel=0.03)
+    _, allocated = really_kept(asked, sample, checkpointing=True)
+    # Each layer keeps the CPU generator's state besides: 5 kB, on a GPU 16 bytes.
+    assert kept.checkpointed == pytest.approx(allocated, rel=0.1)
+    assert kept.checkpointed < kept.saved
+    assert 0 < kept.again < kept.saved / 2
+
+
+def test_ranks_share_what_their_engine_shares(files):
+    def zero(stage, **more):
+        return json.dumps({"zero_optimization": {"stage": stage, **more}})
+
+    one = rows_of(files, deepspeed=zero(0), bf16=True)
+    count = one["gradients"].device // 2
+    weights = one["weights"].device
+    assert one["optimizer"].device == pytest.approx(12 * count, rel=0.05)  # step counts are small
+    assert weights > 2 * count  # the tower is frozen
+    two = rows_of(files, 4, deepspeed=zero(2), bf16=True)
+    assert two["weights"].device == weights
+    assert 4 * two["gradients"].device == pytest.approx(one["gradients"].device, abs=8)
+    assert 4 * two["optimizer"].device == pytest.approx(one["optimizer"].device, abs=8)
+    three = rows_of(files, 4, deepspeed=zero(3), bf16=True)
+    assert three["optimizer"] == two["optimizer"]
+    small = 10 * 16  # of hidden 16: parameters that stay whole
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        asked = read_command(words(files), 1)
+        sizes = [p.numel() for p in fake_model(asked).parameters()]
+    whole = 2 * sum(size for size in sizes if size <= small)
+    assert three["weights"].device - whole == pytest.approx(weights / 4, abs=2 * len(sizes))
+    away = {f"offload_{name}": {"device": "cpu"} for name in ("optimizer", "param")}
+    away = rows_of(files, 4, deepspeed=zero(3, **away), bf16=True)
+    assert away["weights"].host + away["weights"].device == three["weights"].device
+    assert away["optimizer"] == module.Row("optimizer", 0, three["optimizer"].device)
+    assert away["gradients"].device == 0
+    alone, ddp = rows_of(files), rows_of(files, 4)
+    assert alone.pop("buffers, about").device == 0
+    assert ddp.pop("buffers, about").device == alone["gradients"].device
+    assert ddp == alone
+    with pytest.raises(ValueError, match="ZeRO stage 7"):
+        rows_of(files, deepspeed=zero(7))
+
+
+def test_quantised_weights_take_half_a_byte(files, base):
+    flags = {"init_from_config": None, "model_name_or_path": base, "lora_enable": True}
+    flags |= {"lora_r": 4, "bits": 16}
+    full = rows_of(files, **flags)
+    linear = 4 * (4 * 16 * 16 + 3 * 16 * 32)  # weights of 4 layers
+    found = {}
+    for bits, double in ((8, True), (4, True), (4, False)):
+        row = rows_of(files, **{**flags, "bits": bits, "double_quant": double})["weights"]
+        found[bits, double] = full["weights"].device - row.device
+    rows = 4 * (4 * 16 + 2 * 32 + 16)
+    assert found[8, True] == 4 * linear - linear - 4 * rows
+    assert found[4, False] == 4 * linear - linear // 2 - 4 * linear // 64
+    assert found[4, True] == 4 * linear - linear // 2 - linear // 64 - 4 * 28  # 7 matrices a layer
+
+
+def test_time_needs_a_rate(tmp_path):
+    assert rate_of(989.0, None, None) is None
+    assert rate_of(100.0, 0.4, None).flops == pytest.approx(4e13)
+    for peak, mfu, text in ((None, 0.4, "peak_tflops"), (100.0, 1.5, "mfu 1.5")):
+        with pytest.raises(ValueError, match=text):
+            rate_of(peak, mfu, None)
+    bench = tmp_path / "bench.json"
+    figures = {"tflops": {"packed_plan": 2.0}, "packed_plan_ms": 500.0}
+    bench.write_text(json.dumps({**figures, "preset": "cpu-512", "device": "cpu"}))
+    assert rate_of(None, None, str(bench)).flops == pytest.approx(4e12)
+    bench.write_text("{}")
+    with pytest.raises(ValueError, match=r"bench\.json"):
+        rate_of(None, None, str(bench))
+
+
+def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module.Path, "mkdir", lambda *a, **k: pytest.fail("made a folder"))
+    asked = ["--estimate", "--world_size", "4", "--text_tokens", "20", "--gradient_checkpointing",
+             "True", "--bf16", "True", "--deepspeed", "scripts/zero2.json"]  # fmt: skip
+    main([*words(files, **CUTS, output_dir=tmp_path / "none"), *asked])
+    text = capsys.readouterr().out
+    assert "one of 4 rank(s), zero2; 4 samples in a micro-batch, checkpointing on" in text
+    assert "24 tokens" in text
+    assert "64 tokens" in text
+    assert "no time: give --peak_tflops and --mfu" in text
+    assert not (tmp_path / "none").exists()
+    rate = rate_of(1e-6, 0.5, None)
+    asked = read_command(words(files, **CUTS, per_device_train_batch_size=3), 2)
+    found = estimate(asked, text=20, rate=rate)
+    time = found.time
+    assert time["samples_a_step"] == 6
+    assert time["seconds_a_step"] == pytest.approx(3 * time["tflops_a_sample"] / 0.5e-6)
+    assert time["computed_tokens_a_sample"] < time["tokens_a_sample"] == 24
+    total = found.total("usual").device
+    assert total == sum(row.device for row in [*found.rows, *found.batches["usual"]])
+    assert json.loads(json.dumps(found.to_dict()))["total"]["usual"]["device"] == total
+    for line, text in (
+        ([*words(files), "--no_such_flag", "1"], "no_such_flag"),
+        (words(files, model_max_length=4), "do not fit --model_max_length"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            estimate(read_command(line, 1))
+
+
+def test_anyres_takes_the_picture_with_most_tiles(files):
+    flags = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    found = estimate(read_command(words(files, **flags), 1), text=10)
+    assert found.samples["usual"].tiles == 5  # 2 x 2 and the whole picture
+    assert found.samples["usual"].visual == 4 + 4 * (4 + 1)
+    assert found.samples["longest"].tokens == 64
+
+
+def test_who_asks_for_an_estimate():
+    assert wanted(["--estimate"])
+    assert wanted(["--estimate", "--bf16", "True"])
+    assert wanted(["--estimate", "True"])
+    assert not wanted(["--estimate", "False"])
+    assert not wanted(["--output_dir", "estimate"])
+
+
+def test_an_optimizer_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="galore"):
+        optimizer_bytes([], "galore_adamw")
