@@ -53,8 +53,6 @@ def rehearse(trainer: Any, facts: Mapping[str, Any]) -> None:
     problems = {i: text for i, text in enumerate(from_all_ranks(problem)) if text}
     if not problems:
         return
-    if trainer.args.should_save and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
     rank, text = next(iter(problems.items()))
     raise ValueError(
         f"the run could not save to {folder} (rank {rank}): {text} "

@@ -6,6 +6,8 @@ from nothing. ``worker.py FOLDER``: job-N.json there is a job,
 
     {"command": [...], "port": n, "ranks": n, "kill": null or {"step": n, "where": "saving"}}
 
+What goes wrong may also be a signal to one rank or a layer of one rank that is not finite.
+
 job-N.RANK.log is its output, job-N.RANK.done its exit code (0 from a rank that a smaller job leaves
 out). A file called stop ends the worker, job-N.cancel the job.
 """
@@ -27,18 +29,27 @@ from llava.train.train import main
 RANK = os.environ["RANK"]
 
 
-def die_at(step: int, where: str) -> None:
-    """From now on the process kills itself in front of training step `step`, or while the
-    checkpoint behind it is being written."""
-    method = {"step": "training_step", "saving": "_save_rng_state"}[where]
+def go_wrong_at(step: int, where: str, rank: int | None = None) -> None:
+    """From now on the process kills itself in front of training step `step` ("step"), or while the
+    checkpoint behind it is being written ("saving"); or it gets SIGUSR1 ("signal"), or a layer
+    gives what is not finite ("nan"), or a folder cannot be written ("unwritable").
+    rank: the only one that this happens to."""
+    if rank is not None and rank != int(RANK):
+        return
+    method = "_save_rng_state" if where in ("saving", "unwritable") else "training_step"
     original = getattr(LLaVATrainer, method)
 
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def going_wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= step and where == "nan":
+            layer = next(m for name, m in self.model.named_modules() if name.endswith("1.mlp"))
+            layer.register_forward_hook(lambda module, args, output: output / 0)
+        elif where == "unwritable":
+            raise PermissionError("no writing here")
+        elif self.state.global_step >= step:
+            os.kill(os.getpid(), signal.SIGUSR1 if where == "signal" else signal.SIGKILL)
         return original(self, *args, **kwargs)
 
-    setattr(LLaVATrainer, method, dying)
+    setattr(LLaVATrainer, method, going_wrong)
 
 
 def run(job: dict[str, Any], log: Path) -> int:
@@ -50,7 +61,7 @@ def run(job: dict[str, Any], log: Path) -> int:
     os.environ["MASTER_PORT"] = str(job["port"])
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(job["ranks"])
     if job["kill"]:
-        die_at(**job["kill"])
+        go_wrong_at(**job["kill"])
     try:
         main(job["command"])
         return 0
