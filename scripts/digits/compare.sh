@@ -1,62 +1,71 @@
 #!/usr/bin/env bash
 # PyramidDrop training against training without dropping: three seeds, five digits sets.
 #
-#   bash scripts/digits/compare.sh            about an hour on one undisturbed core
+#   bash scripts/digits/compare.sh            about an hour and a half on one core
 #   SMOKE=1 bash scripts/digits/compare.sh    every step of it on next to nothing
 #
-# All runs start from one stage 1 (captions and statements, trained without dropping: the stages
-# align, facts and relations of train.sh). Stage 2 is two questions a picture (answers.json),
-# COMPARE_STEPS steps of 64 pictures, the same recipe and the same order of samples in every arm:
+# Two comparisons, both of stage 2 from one stage 1 that was trained without dropping, on two
+# questions a picture (answers.json) and steps of 64 pictures:
+#   learn   stage 1 knows captions and statements (train.sh's align, facts, relations), and stage 2
+#           learns all questions: LEARN_STEPS at the learning rate of train.sh's questions
+#   adapt   stage 1 knows the questions too (train.sh's questions), and stage 2 is train.sh's last
+#           stage, shortened: ADAPT_STEPS
+# Within a seed both arms see the same samples in the same order by the same recipe:
 #   none         without dropping
 #   pyramiddrop  with the plan that llava-digits-pdrop ships with ($LAYERS, $RATIOS)
-#   gentle       with the milder plan ($LAYERS, $EARLY_RATIOS); left out with GENTLE=0
-# Each checkpoint answers with the plan it was trained with; the first two also with each other's.
-# Runs that are done are skipped, an interrupted one resumes. The tables: docs/Digits.md.
+# Both answer with both plans. Runs that are done are skipped, an interrupted one resumes.
+# The tables: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/digits/lib.sh
 
 if [ "$SMOKE" = 1 ]; then
-  SEEDS=${SEEDS:-0 1} COMPARE_STEPS=${COMPARE_STEPS:-2} LIMIT=${LIMIT:-16}
+  SEEDS=${SEEDS:-0 1} LEARN_STEPS=${LEARN_STEPS:-2} ADAPT_STEPS=${ADAPT_STEPS:-2}
+  LIMIT=${LIMIT:-16} REPEATS=${REPEATS:-1}
 else
-  SEEDS=${SEEDS:-0 1 2} COMPARE_STEPS=${COMPARE_STEPS:-1200} LIMIT=${LIMIT:-}
+  SEEDS=${SEEDS:-0 1 2} LEARN_STEPS=${LEARN_STEPS:-1200} ADAPT_STEPS=${ADAPT_STEPS:-700}
+  LIMIT=${LIMIT:-} REPEATS=${REPEATS:-10}
 fi
-GENTLE=${GENTLE:-1}
 HERE=$WORK/compare
-PLAN_pyramiddrop="pyramiddrop:layers=$LAYERS,ratios=$RATIOS"
-PLAN_gentle="pyramiddrop:layers=$LAYERS,ratios=$EARLY_RATIOS"
 PLAN_none=none
+PLAN_pyramiddrop="pyramiddrop:layers=$LAYERS,ratios=$RATIOS"
 
-# arm SEED NAME: stage 2 of one arm
+# arm WHAT SEED NAME: stage 2 of one arm
 arm() {
-  local plan=PLAN_$2
-  SEED=$1 BATCH=$((2 * BATCH)) stage "$HERE/seed-$1" "$2" "$WORK/none/relations" answers.json \
-    mistral_instruct "$COMPARE_STEPS" 2e-3 --reduction "${!plan}"
+  local plan=PLAN_$3 base=relations steps=$LEARN_STEPS rate=2e-3
+  if [ "$1" = adapt ]; then base=questions steps=$ADAPT_STEPS rate=8e-4; fi
+  SEED=$2 stage "$HERE/$1/seed-$2" "$3" "$WORK/none/$base" answers.json mistral_instruct \
+    "$steps" "$rate" --reduction "${!plan}"
 }
 
-# answers SEED NAME PLAN: the five sets, answered by the arm NAME with the plan of the arm PLAN
+# answers WHAT SEED NAME PLAN: the five sets, answered by the arm NAME with the plan of the arm PLAN
 answers() {
-  local plan=PLAN_$3 to=$HERE/seed-$1/results/$2-with-$3
+  local plan=PLAN_$4 run=$HERE/$1/seed-$2 to=$HERE/$1/seed-$2/results/$3-with-$4
   if [ -f "$to/rows.json" ]; then return; fi
-  "$PYTHON" -m llava.cli eval digits --model-path "$HERE/seed-$1/$2" --data-root "$DATA/eval" \
+  "$PYTHON" -m llava.cli eval digits --model-path "$run/$3" --data-root "$DATA/eval" \
     --reduction "${!plan}" --results "$to" --json "$to/rows.json" ${LIMIT:+--limit "$LIMIT"}
 }
 
-if [ ! -f "$WORK/none/relations/train_summary.json" ]; then
+if [ ! -f "$WORK/none/questions/train_summary.json" ]; then
   shared
   captions none --reduction none
+  questions none --reduction none
 fi
 "$PYTHON" -m llava.digits.build --out "$DATA" --seed 0 --parts eval
-for seed in $SEEDS; do
-  for name in none pyramiddrop; do
-    arm "$seed" "$name"
-    answers "$seed" "$name" none
-    answers "$seed" "$name" pyramiddrop
+BATCH=$((2 * BATCH))
+for what in adapt learn; do
+  for seed in $SEEDS; do
+    for name in none pyramiddrop; do
+      arm "$what" "$seed" "$name"
+      answers "$what" "$seed" "$name" "$name"
+    done
+  done
+  for seed in $SEEDS; do
+    answers "$what" "$seed" none pyramiddrop
+    answers "$what" "$seed" pyramiddrop none
   done
 done
-if [ "$GENTLE" = 1 ]; then
-  for seed in $SEEDS; do
-    arm "$seed" gentle
-    answers "$seed" gentle gentle
-  done
+if [ ! -f "$HERE/cost.json" ]; then
+  "$PYTHON" scripts/digits/compare_cost.py "$HERE" --repeats "$REPEATS"
 fi
+"$PYTHON" scripts/digits/compare_table.py "$HERE"

@@ -57,3 +57,9 @@ captions() {
   stage "$run" facts "$run/align" facts.json plain "$FACT_STEPS" 2e-3 "$@"
   stage "$run" relations "$run/facts" relations.json plain "$RELATION_STEPS" 2e-3 "$@"
 }
+
+# Questions in words, six a picture: questions PLAN [plan flags]
+questions() {
+  local run=$WORK/$1; shift
+  stage "$run" questions "$run/relations" questions.json mistral_instruct "$QUESTION_STEPS" 2e-3 "$@"
+}

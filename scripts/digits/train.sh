@@ -24,8 +24,7 @@ esac
 # first step on: gently until the questions are known, with the final ratios in the last stage.
 stages() {
   captions "$@"
-  local run=$WORK/$1; shift
-  stage "$run" questions "$run/relations" questions.json mistral_instruct "$QUESTION_STEPS" 2e-3 "$@"
+  questions "$@"
 }
 
 # shipped PLAN NAME [last stages]: the folder of one checkpoint

@@ -24,6 +24,7 @@ from llava.model.builder import load_pretrained_model
 
 SCRIPT = ROOT / "scripts" / "digits" / "train.sh"
 COMPARE = SCRIPT.with_name("compare.sh")
+PLAN = "pyramiddrop:layers=[2,4,5],ratios=[0.6,0.36,0.216]"
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +235,8 @@ def commands(script: Path, folder: Path, **variables: str) -> list[list[str]]:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    return [line.split("\x1f")[1:-1] for line in log.read_text().splitlines()]
+    lines = [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
+    return [words[1:] if words[0] == "-m" else words for words in lines]
 
 
 def of_module(found: list[list[str]], module: str) -> list[list[str]]:
@@ -257,7 +259,7 @@ def test_every_stage_is_a_run_of_the_training_entry_point(tmp_path: Path, plan: 
 
 def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
     """Three seeds; within one, the arms' commands differ in the plan and the folder alone, and all
-    runs start from the same stage 1."""
+    runs of a comparison start from the same stage 1."""
     from llava.eval.run import parser
     from llava.reduction.flags import plan_from_args
     from llava.train.arguments import parse_args
@@ -265,33 +267,31 @@ def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
     found = commands(COMPARE, tmp_path)
     stages = [parse_args(words) for words in of_module(found, "llava.train.train")]
     names = [Path(training.output_dir).name for _, _, training in stages]
-    assert names[:3] == ["align", "facts", "relations"]
-    arms: dict[int, dict[str, dict]] = {}
-    for (model, data, training), name in zip(stages[3:], names[3:], strict=True):
+    assert names == ["align", "facts", "relations", "questions"] + 6 * ["none", "pyramiddrop"]
+    runs: dict[tuple[str, str], list[dict]] = {}
+    for model, data, training in stages[4:]:
         facts = {**vars(model), **vars(data), **training.to_dict()}
-        assert Path(facts.pop("output_dir")).parent.name == f"seed-{training.seed}"
         del facts["logging_dir"]
-        arms.setdefault(training.seed, {})[name] = facts
-        assert Path(model.model_name_or_path) == tmp_path / "work" / "none" / "relations"
-    assert sorted(arms) == [0, 1, 2]
-    plans: set[tuple[str, ...]] = set()
-    for runs in arms.values():
-        assert list(runs) == ["none", "pyramiddrop", "gentle"]
-        plans.add(tuple(run.pop("reduction") for run in runs.values()))
-        assert runs["none"] == runs["pyramiddrop"] == runs["gentle"]
-    ((none, plan, gentle),) = plans
-    assert none == "none"
-    assert plan == "pyramiddrop:layers=[2,4,5],ratios=[0.6,0.36,0.216]"
+        place = Path(facts.pop("output_dir"))
+        assert facts.pop("reduction") == {"none": "none", "pyramiddrop": PLAN}[place.name]
+        base = {"adapt": "questions", "learn": "relations"}[place.parts[-3]]
+        assert Path(model.model_name_or_path) == tmp_path / "work" / "none" / base
+        assert place.parts[-2] == f"seed-{training.seed}"
+        runs.setdefault(place.parts[-3:-1], []).append(facts)
+    assert list(runs) == [(what, f"seed-{s}") for what in ("adapt", "learn") for s in range(3)]
+    assert all(len(arms) == 2 and arms[0] == arms[1] for arms in runs.values())
     asked = [parser().parse_args(words[1:]) for words in of_module(found, "llava.cli")]
     pairs = [
-        (Path(args.model_path).name, str(plan_from_args(args)) == plan, Path(args.results).name)
+        (Path(args.model_path).name, str(plan_from_args(args)), Path(args.results).name)
         for args in asked
     ]
-    one = [("none", False, "none-with-none"), ("none", True, "none-with-pyramiddrop"),
-           ("pyramiddrop", False, "pyramiddrop-with-none"),
-           ("pyramiddrop", True, "pyramiddrop-with-pyramiddrop")]  # fmt: skip
-    assert pairs == 3 * one + 3 * [("gentle", False, "gentle-with-gentle")]
-    assert {str(plan_from_args(args)) for args in asked[-3:]} == {gentle}
+    own = [("none", "none", "none-with-none"),
+           ("pyramiddrop", PLAN, "pyramiddrop-with-pyramiddrop")]  # fmt: skip
+    crossed = [("none", PLAN, "none-with-pyramiddrop"),
+               ("pyramiddrop", "none", "pyramiddrop-with-none")]  # fmt: skip
+    assert pairs == 2 * (3 * own + 3 * crossed)
+    assert found[-2][0].endswith("compare_cost.py")
+    assert found[-1][0].endswith("compare_table.py")
 
 
 def test_the_script_refuses_an_unknown_plan() -> None:
@@ -339,3 +339,14 @@ def test_smoke_run_makes_both_checkpoints(tmp_path: Path) -> None:
         ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=60
     )
     assert again.stdout.count("is complete") == 2
+    compared = subprocess.run(
+        ["bash", str(COMPARE)], env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert compared.returncode == 0, compared.stderr[-2000:]
+    assert compared.stdout.count("stage ") == 0, "a run was taken for another"
+    for title in (
+        "knows the questions; seeds 0, 1",
+        "learns the questions; seeds",
+        "| CPU ms a step |",
+    ):
+        assert title in compared.stdout
