@@ -31,6 +31,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     # A text is looked up in the embeddings at the cut: sharded weights alone can notice.
     "words": {"reduction": "simignore:ratio=0.75,text=question+fastv:k=2,r=0.5"},
     "projector": {"tune_mm_mlp_adapter": True, "gradient_checkpointing": True},
+    # Steps under the plan with soft tokens, and steps on all tokens with a teacher.
+    "two speeds": {
+        "reduction": "pyramiddrop:layers=[1,2],ratios=[0.5,0.25]",
+        "dual_speed": 0.3,
+        "loss_mean": "tokens",
+    },
     # Batches of 1 to 3 samples; a step is the same two of them, on two ranks or accumulated.
     "token budget": {"packed": True, "token_budget": 20},
 }
@@ -42,7 +48,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 SPLIT = ("zero3", "fsdp2")
 """Engines that split the weights over the ranks."""
-ONLY = {"words": SPLIT, "projector": SPLIT, "token budget": ("ddp",)}
+ONLY = {"words": SPLIT, "projector": SPLIT, "two speeds": SPLIT, "token budget": ("ddp",)}
 """Recipes that run on some engines only."""
 
 
