@@ -339,6 +339,13 @@ class TrainingArguments(transformers.TrainingArguments):
             if not self.warmup_steps:  # explicit steps win, as they always did
                 self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
         self.use_cpu = self.use_cpu or self.no_cuda
+        strategy = self.train_sampling_strategy
+        if strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                f"--train_sampling_strategy {strategy}; accepted: random, sequential, "
+                "group_by_length (and --token_budget, which fills packed batches)"
+            )
+        self.group_by_length = self.group_by_length or strategy == "group_by_length"
         if self.logging_dir:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", self.logging_dir)
         for name, reason in NO_EFFECT.items():

@@ -32,7 +32,13 @@ from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
 from llava.train.probe import Probe
 from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
-from llava.train.sampler import EpochSeeded, LengthGroupedSampler, TokenBudgetBatches, shuffled
+from llava.train.sampler import (
+    EpochSeeded,
+    LengthGroupedSampler,
+    TokenBudgetBatches,
+    by_chance,
+    in_turn,
+)
 from llava.train.saving import (
     PROJECTOR_FILE,
     STAGING,
@@ -48,6 +54,11 @@ from llava.train.telemetry import meter_of
 from llava.utils import atomic_write, get_logger
 
 logger = get_logger(__name__)
+
+
+def data_seed(args: Any) -> int:
+    """The seed of the samples' order: --data_seed, else --seed."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 class LLaVATrainer(Trainer):
@@ -118,15 +129,12 @@ class LLaVATrainer(Trainer):
                 dataset.lengths,
                 None,
             )
+        elif args.train_sampling_strategy == "sequential":
+            order = partial(in_turn, len(dataset))
         else:
-            self.train_order = shuffled(len(dataset), self._data_seed)
-            return self.train_order
-        self.train_order = EpochSeeded(self._data_seed, len(dataset), order)
+            order = partial(by_chance, len(dataset))
+        self.train_order = EpochSeeded(data_seed(args), len(dataset), order)
         return self.train_order
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own, or with a token budget one of batches that are filled by tokens."""
@@ -137,7 +145,7 @@ class LLaVATrainer(Trainer):
             dataset.token_lengths,
             args.token_budget,
             args.world_size * args.gradient_accumulation_steps,
-            self._data_seed,
+            data_seed(args),
             dataset.describe,
         )
         logger.info(self.train_order.summary())

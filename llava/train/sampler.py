@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,11 +99,14 @@ class EpochSeeded(Sampler[int]):
         return _hash(self.epoch_order(0))
 
 
-def shuffled(size: int, seed: int) -> EpochSeeded:
-    """Every index once, in an order of its own each epoch (the Trainer's own, draw for draw)."""
-    return EpochSeeded(
-        seed, size, lambda generator: torch.randperm(size, generator=generator).tolist()
-    )
+def by_chance(size: int, generator: torch.Generator) -> list[int]:
+    """Every index once; given its generator the order of transformers' own Trainer."""
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def in_turn(size: int, generator: torch.Generator) -> range:
+    """Every index once, as the files have them."""
+    return range(size)
 
 
 class TokenBudgetBatches(Sampler[list[int]]):
@@ -135,12 +139,13 @@ class TokenBudgetBatches(Sampler[list[int]]):
                 f"--token_budget {budget} is below the longest sample: {describe(longest)} has "
                 f"{sizes[longest]} tokens"
             )
-        batches = fill_batches(sizes.tolist(), budget, np.random.default_rng(abs(seed)))
-        complete_groups(batches, group_size)
+        tokens = sizes.tolist()
+        batches = fill_batches(tokens, budget, np.random.default_rng(abs(seed)))
+        complete_groups(batches, tokens, budget, group_size)
         self.budget = budget
         self.groups = [batches[i : i + group_size] for i in range(0, len(batches), group_size)]
         self.totals = [int(sizes[batch].sum()) for batch in batches]
-        self.sampler = shuffled(len(self.groups), seed)
+        self.sampler = EpochSeeded(seed, len(self.groups), partial(by_chance, len(self.groups)))
 
     def __len__(self) -> int:
         return len(self.totals)
@@ -218,10 +223,25 @@ def fill_batches(
     return batches
 
 
-def complete_groups(batches: list[list[int]], group_size: int) -> None:
-    """Bring the number of batches to a multiple of `group_size`, in place: batches of the last
-    group are halved, then others; where none can be, batches from the front are repeated."""
-    start = len(batches) - len(batches) % group_size
+def complete_groups(
+    batches: list[list[int]], lengths: Sequence[int], budget: int, group_size: int
+) -> None:
+    """Bring the number of batches to a multiple of `group_size`, in place.
+
+    The samples of the last group are dealt out evenly, to the batch that is shortest so far. Where
+    that does not do (one would be too long, or stay empty), batches are halved, those of the last
+    group first; where none can be, batches from the front are repeated.
+    """
+    start = len(batches) - (len(batches) % group_size or group_size)
+    left = sorted((i for batch in batches[start:] for i in batch), key=lambda i: -lengths[i])
+    even: list[list[int]] = [[] for _ in range(group_size)]
+    totals = [0] * group_size
+    for index in left:
+        shortest = totals.index(min(totals))
+        even[shortest].append(index)
+        totals[shortest] += lengths[index]
+    if min(totals) > 0 and max(totals) <= budget:
+        batches[start:] = even
     repeated = 0
     while len(batches) % group_size:
         order = [(len(batch) > 1, i >= start, len(batch), i) for i, batch in enumerate(batches)]

@@ -37,7 +37,7 @@ from llava.train.dataset import (
 )
 from llava.train.dual_speed import dual_speed_of
 from llava.train.files import check_checkpoint, reading, saving
-from llava.train.llava_trainer import LLaVATrainer
+from llava.train.llava_trainer import LLaVATrainer, data_seed
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
 from llava.train.rehearsal import rehearse
@@ -92,10 +92,10 @@ def make_datasets(
             cache_mb=data_args.image_cache_mb,
         )
 
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-
     def dataset(path: str, left_out: str | None = None) -> LazySupervisedDataset:
-        records = Records.open(path, seed=seed, cache_dir=data_args.data_cache_dir)
+        records = Records.open(
+            path, seed=data_seed(training_args), cache_dir=data_args.data_cache_dir
+        )
         made = LazySupervisedDataset(
             records.without_listed(left_out) if left_out else records,
             tokenizer,

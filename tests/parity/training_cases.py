@@ -142,11 +142,10 @@ def _trainer_order(case: dict[str, Any]) -> list[int]:
 
     args = SimpleNamespace(
         group_by_modality_length=True, train_batch_size=case["batch_size"],
-        world_size=case["world_size"], gradient_accumulation_steps=1,
+        world_size=case["world_size"], gradient_accumulation_steps=1, seed=case["torch_seed"],
+        data_seed=None,
     )  # fmt: skip
-    trainer = SimpleNamespace(
-        args=args, train_dataset=_Sized(case["lengths"]), _data_seed=case["torch_seed"]
-    )
+    trainer = SimpleNamespace(args=args, train_dataset=_Sized(case["lengths"]))
     return list(LLaVATrainer._get_train_sampler(trainer))
 
 

@@ -191,6 +191,8 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
         (["--eval_strategy", "epoch"], "--eval_data_path"),
         (["--remove_unused_columns", "True"], "remove_unused_columns"),
         (["--label_mode", "guess"], "label_mode"),
+        (["--train_sampling_strategy", "batch_rebalance"], "accepted: random, sequential"),
+        (["--token_budget", "-1", "--packed", "True"], "token_budget -1; accepted: 0"),
     ],
 )
 def test_what_cannot_be_done_is_named(tmp_path, flags, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,12 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, Ski
 
 from llava.train.callbacks import FollowEpochs
 from llava.train.sampler import (
+    EpochSeeded,
     LengthGroupedSampler,
     TokenBudgetBatches,
+    by_chance,
     by_length,
     fill_batches,
-    shuffled,
 )
 
 
@@ -78,12 +80,12 @@ def test_bad_values_are_refused():
 
 def test_the_plain_order_is_the_trainers_own():
     """transformers hands a RandomSampler to accelerate, which makes it this one."""
-    own = shuffled(50, seed=5)
+    own, same, other = (EpochSeeded(seed, 50, partial(by_chance, 50)) for seed in (5, 5, 6))
     theirs = SeedableRandomSampler(range(50), data_seed=5)
     for epoch in range(3):
         own.set_epoch(epoch)
         assert list(own) == list(theirs)  # it counts epochs by itself
-    assert own.order_hash() == shuffled(50, seed=5).order_hash() != shuffled(50, 6).order_hash()
+    assert own.order_hash() == same.order_hash() != other.order_hash()
 
 
 # ------------------------------------------------------------------------------- batches by tokens
@@ -115,6 +117,8 @@ def test_batches_are_full_and_hold_every_sample_once(budget):
     assert len(batches) <= 1.04 * first_fit_decreasing(lengths, budget) + 8
     assert batches.fill == pytest.approx(lengths.sum() / (budget * len(batches)))
     assert f"{len(batches)} micro-batches" in batches.summary()
+    last = [sum(lengths[i] for i in batch) for batch in batches.groups[-1]]
+    assert max(last) - min(last) < lengths.max()  # the last step is shared evenly
 
 
 def test_batches_are_drawn_not_sorted():
@@ -162,7 +166,7 @@ def test_every_rank_gets_its_batches_and_resumes_with_them(ranks):
     ("lengths", "group_size", "expected"),
     [
         ([9, 9, 9], 2, 4),  # nothing to halve: one is repeated
-        ([3, 3, 3, 3], 4, 4),  # two batches, halved
+        ([3, 3, 3, 3], 4, 4),  # two batches, dealt out to four
         ([9], 4, 4),
         ([1, 0, 9, 1], 1, 2),
     ],
@@ -172,6 +176,16 @@ def test_the_last_step_is_whole(lengths, group_size, expected):
     found = list(batches)
     assert len(found) == len(batches) == expected
     assert {i for batch in found for i in batch} == {i for i, n in enumerate(lengths) if n}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_cannot_be_dealt_out_evenly_stays_within_the_budget(seed):
+    """Longest first, 5 5 3 3 3 would become 8 and 11."""
+    batches = TokenBudgetBatches([5, 5, 3, 3, 3], 10, 2, seed)
+    lengths = [sum((5, 5, 3, 3, 3)[i] for i in batch) for batch in batches]
+    assert max(lengths) <= 10
+    assert sum(lengths) == 19
+    assert len(lengths) in (2, 4)
 
 
 def test_a_budget_below_the_longest_sample_names_it():

@@ -128,6 +128,17 @@ def test_grouping_flags_give_an_order_of_seed_and_epoch(flag):
         assert all(len(kind) == 1 for kind in kinds)
 
 
+def test_sequential_is_the_order_of_the_files():
+    args = SimpleNamespace(
+        group_by_modality_length=False, group_by_length=False, gradient_accumulation_steps=1,
+        train_sampling_strategy="sequential", seed=3, data_seed=None,
+    )  # fmt: skip
+    trainer = SimpleNamespace(args=args)
+    assert list(LLaVATrainer._get_train_sampler(trainer, Lengths())) == list(range(16))
+    args.train_sampling_strategy = "random"
+    assert list(LLaVATrainer._get_train_sampler(trainer, Lengths())) != list(range(16))
+
+
 def test_items_of_a_step_leave_out_what_is_never_predicted():
     batch = {"labels": torch.tensor([[5, 6, -100], [-100, 7, 8]])}
     count = LLaVATrainer._get_num_items_in_batch
