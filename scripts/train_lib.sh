@@ -16,6 +16,7 @@
 #   BATCH=N            samples a GPU takes at once; the rest is accumulated
 #   PACKED=0           pad the samples of a batch instead of laying them one behind the other
 #   COMPARE=N          measure N steps without the plan first (--compare_steps)
+#   ESTIMATE=1         say what it would need on GPUS (default 8) and end; on any machine
 #   SAVE_STEPS=N       a checkpoint every N steps (default: the recipe's, which is more than it has)
 #   SMOKE=1            three steps on a tiny model and data that are made on the spot (SMOKE_DIR)
 #   DRY_RUN=1          print the command
@@ -60,6 +61,7 @@ gpus_here() {
 choose_launcher() {
   local there
   there=$(gpus_here)
+  [ "${ESTIMATE:-0}" = 0 ] || there=${GPUS:-$((there > 0 ? there : 8))}
   if [ "$LAUNCHER" = srun ]; then
     [ -n "${SLURM_NTASKS:-}" ] || die "LAUNCHER=srun outside of an allocation; see scripts/slurm"
     [ -z "${GPUS:-}" ] || die "GPUS=$GPUS with LAUNCHER=srun; the allocation says how many tasks"
@@ -82,7 +84,7 @@ choose_launcher() {
   default LAUNCHER deepspeed
   one_of LAUNCHER deepspeed torchrun srun
   if [ "$LAUNCHER" = deepspeed ] || [ "$DEEPSPEED" != none ]; then
-    [ "$DRY_RUN" = 1 ] ||
+    [ "$DRY_RUN" = 1 ] || [ "${ESTIMATE:-0}" = 1 ] ||
       "$PY" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("deepspeed"))' ||
       die "deepspeed is not installed: pip install -e '.[deepspeed]', or set DEEPSPEED=none"
   fi
@@ -117,6 +119,10 @@ divisors() {
 # Sets START: the words in front of the training flags.
 starter() {
   local module=llava.train.train
+  if [ "${ESTIMATE:-0}" = 1 ]; then
+    START=("$PY" -m "$module" --estimate --world_size "$WORLD")
+    return
+  fi
   case $LAUNCHER in
     srun)
       export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}

@@ -21,6 +21,7 @@ import pytest
 
 from llava import cli
 from llava.reduction import ReductionPlan
+from llava.train import estimate
 from llava.train.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,6 +257,17 @@ def test_launchers(machine) -> None:
     launcher, flags = split(dry_run(script, DEEPSPEED="scripts/zero3_offload.json"))
     assert launcher.nproc_per_node == "1"  # DeepSpeed wants a launcher even for one process
     assert values(flags)["deepspeed"] == "scripts/zero3_offload.json"
+
+
+def test_an_estimate_starts_no_ranks(machine, tmp_path: Path) -> None:
+    """Of a recipe on GPUs that this machine does not have."""
+    words = dry_run("v1_5/pdrop_train/finetune", ESTIMATE="1", NNODES="2")
+    assert words[1:6] == ["-m", "llava.train.train", "--estimate", "--world_size", "16"]
+    own, flags = estimate.own_parser().parse_known_args(words[3:])
+    assert own.world_size == 16
+    found = values(flags)
+    assert found["deepspeed"] == "scripts/zero3.json"
+    assert found["per_device_train_batch_size"] == 8
 
 
 @pytest.mark.parametrize(
