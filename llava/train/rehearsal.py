@@ -46,6 +46,7 @@ def rehearse(trainer: Any, facts: Mapping[str, Any]) -> None:
     try:
         _write_small(trainer, folder)
         if trainer.args.should_save:
+            check_gathering(trainer)
             json.dumps(facts, allow_nan=False)
             check_space(trainer)
     except Exception as error:  # whatever it is, it would end the run when it is too late
@@ -74,6 +75,22 @@ def _write_small(trainer: Any, folder: Path) -> None:
             GenerationConfig.from_pretrained(written)
         if trainer.processing_class is not None:
             read_tokenizer(written)
+
+
+def check_gathering(trainer: Any) -> None:
+    """ValueError for ZeRO-3 that would leave shards and no weights that can be loaded."""
+    settings = getattr(trainer.args, "hf_deepspeed_config", None)
+    if settings is None or not settings.is_zero3():
+        return
+    if trainer.projector_only or trainer.adapters is not None:
+        return  # these put their weights together themselves
+    for name in ("stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save"):
+        if settings.get_value(f"zero_optimization.{name}"):
+            return
+    raise ValueError(
+        "the run would end without a model.safetensors: the --deepspeed file has to set "
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
+    )
 
 
 def tiny_state(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ full, flags and files that do not fit; and what watches it without touching it."
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -14,10 +15,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from llava.model.builder import load_pretrained_model
 from llava.train import rehearsal
@@ -326,6 +329,26 @@ def test_the_probe_answers_with_the_plan_and_disturbs_nothing(
         ids = tokenizer("[INST] what is this one [/INST]", return_tensors="pt").input_ids
         new = model.generate(ids, do_sample=False, max_new_tokens=len(reference.split()) + 9)
         assert tokenizer.decode(new[0], skip_special_tokens=True).strip() == answer
+
+
+@pytest.mark.parametrize(
+    ("settings", "others", "loadable"),
+    [
+        ({"stage": 3}, {}, False),
+        ({"stage": 3}, {"projector_only": True}, True),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, {}, True),
+        ({"stage": 3, "gather_16bit_weights_on_model_save": True}, {}, True),
+        ({"stage": 2}, {}, True),
+    ],
+)
+def test_zero3_has_to_put_the_weights_together(
+    settings: dict[str, Any], others: dict[str, Any], loadable: bool
+) -> None:
+    found = HfDeepSpeedConfig({"zero_optimization": settings})
+    args = SimpleNamespace(hf_deepspeed_config=found)
+    trainer = SimpleNamespace(**{"args": args, "projector_only": False, "adapters": None, **others})
+    with contextlib.nullcontext() if loadable else pytest.raises(ValueError, match="model.safeten"):
+        rehearsal.check_gathering(trainer)
 
 
 # --------------------------------------------------------------------------------------- full disk
