@@ -50,13 +50,19 @@ class _Calls(Dataset):
         return self.function(index)
 
 
+def processors() -> int:
+    """Processors that this process may use, where the system says so, else all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def in_workers(
     function: Callable[[int], Any], count: int, workers: int | None = None, desc: str = ""
 ) -> Iterator[Any]:
     """`function(i)` for i below `count`, in order. workers: processes; by default as many as this
     machine has processors for us, none for few samples."""
     if workers is None:
-        workers = 0 if count < FEW else min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        workers = 0 if count < FEW else min(processors(), MAX_WORKERS)
     loader = DataLoader(
         _Calls(function, count), batch_size=64, num_workers=workers, collate_fn=list
     )
