@@ -18,10 +18,11 @@ fi
 # lmms-eval asks for dozens of packages; its tests need it and the few of the extra `lmms`.
 setup_lmms() {
   local version=0.7.3
-  has_packages lmms && "$PY" -c "import importlib.metadata as m
-assert m.version('lmms-eval') == '$version'" 2>/dev/null && return
+  has_packages lmms || install_extras lmms || return
+  "$PY" -c "import importlib.metadata as m; assert m.version('lmms-eval') == '$version'" \
+    2>/dev/null && return
   say "installing lmms-eval without its requirements"
-  install_extras lmms && pip_install --no-deps "lmms-eval==$version"
+  pip_install --no-deps "lmms-eval==$version"
 }
 
 setup_env dev,train,eval,deepspeed
