@@ -199,6 +199,8 @@ class Llava(lmms):
     """For the harness's simple requests: a text, and pictures in front of it."""
 
     is_simple = True
+    options_place = 1
+    """Where in a request's arguments its generation options stand."""
 
     def __init__(
         self,
@@ -269,7 +271,7 @@ class Llava(lmms):
         asked = self._questions(requests)
         groups: dict[Any, list[Question]] = {}
         for question, request in zip(asked, requests, strict=True):
-            options = request.args[self._options_place]
+            options = request.args[self.options_place]
             groups.setdefault(read_generation(options), []).append(question)
         found: dict[str, GenerationResult] = {}
         for (decoding, until), own in groups.items():
@@ -285,6 +287,8 @@ class Llava(lmms):
         if any(len(request.args) != 6 for request in requests):
             raise ValueError("acc_mutual_info needs likelihoods without a question; ask for acc")
         asked = self._questions(requests)
+        if not asked:
+            return []
         scorer = self._answerer(Scorer, Decoding())
         scorer.targets = {
             question.uid: self._target(scorer, question, self._continuation(request))
@@ -298,8 +302,6 @@ class Llava(lmms):
         raise NotImplementedError("tasks of several rounds are not offered by llava's plug-in")
 
     # -- parts -------------------------------------------------------------------------
-    _options_place = 1
-
     def _document(self, request: Any) -> Any:
         place, task, split = request.args[-3:]
         return self.task_dict[task][split][place]
@@ -357,7 +359,7 @@ class LlavaChat(Llava):
     """For the harness's messages: texts and pictures in the order of one user's turn."""
 
     is_simple = False
-    _options_place = 2
+    options_place = 2
 
     def _shown(self, request: Any) -> tuple[str, list[Image.Image]]:
         parts = parts_of(request.args[1](self._document(request)))
