@@ -45,6 +45,7 @@ from llava.model.multimodal_encoder.builder import tower_structure
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import DataArguments, ModelArguments, build_parser, parse_pinpoints
+from llava.train.fsdp import fsdp_settings
 from llava.train.parts import part_of
 from llava.train.setup import (
     add_lora,
@@ -71,6 +72,7 @@ class Engine:
     """How the state of a run is spread over `ranks`.
 
     half: 16-bit computing. `name` is one of `ENGINES`; offload_*: kept in the host's memory.
+    stays_whole: gathered layers are kept from the forward to the backward pass.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Engine:
     half: bool
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    stays_whole: bool = False
 
     @classmethod
     def of(cls, flags: Any, ranks: int) -> Engine:
@@ -94,8 +97,11 @@ class Engine:
                 for name in ("optimizer", "param")
             }
             return cls(f"zero{stage}", ranks, half, away["optimizer"], away["param"])
-        if flags.fsdp:
-            return cls("fsdp2", ranks, half)
+        settings = fsdp_settings(flags.fsdp, flags.fsdp_config)
+        if settings:
+            away = bool(settings.get("cpu_offload"))
+            whole = not settings.get("reshard_after_forward", True)
+            return cls("fsdp2", ranks, half, away, away, whole)
         return cls("single" if ranks == 1 else "ddp", ranks, half)
 
     @property
@@ -431,17 +437,18 @@ def stored_bytes(name: str, parameter: nn.Parameter, flags: Any) -> int:
 
 
 def optimizer_bytes(parameters: Sequence[nn.Parameter], optim: str) -> int:
-    """Bytes of the optimizer's own states, unshared. ValueError for one that is not known."""
+    """Bytes of the optimizer's states, unshared; single numbers (a step count each) are left out.
+    ValueError for one that is not known."""
     numbers = sum(parameter.numel() for parameter in parameters)
     if "8bit" in optim:  # two states of a byte each; small tensors stay in 32 bit
         small = [p.numel() for p in parameters if p.numel() < 4096]
         return 2 * (numbers - sum(small)) + 2 * SINGLE * sum(small)
     if optim.startswith("adamw"):
-        return 2 * SINGLE * numbers + SINGLE * len(parameters)  # and a step count each
+        return 2 * SINGLE * numbers
     if optim == "sgd":
         return 0
-    if optim == "adafactor":  # rows and columns of a matrix, one number a tensor
-        return SINGLE * len(parameters) + SINGLE * sum(
+    if optim == "adafactor":  # rows and columns of a matrix
+        return SINGLE * sum(
             sum(p.shape[-2:]) * (p.numel() // (p.shape[-1] * p.shape[-2]))
             if p.dim() > 1
             else p.numel()
@@ -465,14 +472,9 @@ def state_rows(model: Any, command: Command, used: frozenset[int]) -> list[Row]:
         held = sum(stored_bytes(name, parameter, flags) for name, parameter in named)
         gradients = sum(p.numel() * p.element_size() for p in trained)
         return [Row("weights", held), Row("gradients", gradients), Row("optimizer", states)]
-    split = sum(_share(parameter.numel(), engine.ranks) for _, parameter in named)
     if engine.name == "fsdp2":
-        mine = sum(_share(parameter.numel(), engine.ranks) for parameter in trained)
-        return [
-            Row("weights", SINGLE * split),
-            Row("gradients", SINGLE * mine),
-            Row("optimizer", _share(states, engine.ranks)),
-        ]
+        return _fsdp_rows([parameter for _, parameter in named], states / (SINGLE * count), engine)
+    split = sum(_share(parameter.numel(), engine.ranks) for _, parameter in named)
     # DeepSpeed keeps a 32-bit copy of what its optimizer updates, whatever the precision.
     sharing = 1 if engine.name == "zero0" else engine.ranks
     states = _share(states + SINGLE * count, sharing)
@@ -490,6 +492,20 @@ def state_rows(model: Any, command: Command, used: frozenset[int]) -> list[Row]:
         on_host = SINGLE * _share(count, sharing)
         return [weights, Row("gradients", 0, on_host), Row("optimizer", 0, states)]
     return [weights, Row("gradients", gradients), Row("optimizer", states)]
+
+
+def _fsdp_rows(parameters: Sequence[nn.Parameter], states: float, engine: Engine) -> list[Row]:
+    """FSDP2 deals out the rows of each parameter, the first rank's share being the largest, in 32
+    bit. states: of the optimizer, for each trained number."""
+    shares = [(p.numel() // p.shape[0] * _share(p.shape[0], engine.ranks), p) for p in parameters]
+    mine = SINGLE * sum(share for share, p in shares if p.requires_grad)
+    sizes = {
+        "weights": SINGLE * sum(share for share, _ in shares),
+        "gradients": mine,
+        "optimizer": math.ceil(states * mine),
+    }
+    away = engine.offload_parameters
+    return [Row(name, 0 if away else size, size if away else 0) for name, size in sizes.items()]
 
 
 def _hidden(model: Any) -> int:
@@ -514,7 +530,10 @@ def buffer_bytes(model: Any, command: Command, checkpointing: bool) -> int:
     if engine.name == "zero3":
         total += int(width * (2 * layer + (1 + PREFETCHED) * _hidden(model) ** 2))
     if engine.name == "fsdp2":
-        total += 2 * width * layer + SINGLE * layer
+        # The root's own parameters (tower, projector) are gathered once a step.
+        root = sum(p.numel() for name, p in model.named_parameters() if part_of(name) != "language")
+        gathered = len(model.get_model().layers) if engine.stays_whole else 2
+        total += width * (gathered * layer + root) + SINGLE * layer
     return total
 
 
