@@ -106,16 +106,21 @@ def assemble(
 
 def flat_config(files: CheckpointFiles) -> dict[str, Any]:
     """The folder's config in LLaVA's layout, its `model_type` one of `builder.FAMILIES`."""
-    where = str(files.path / "config.json")
-    if files.layout == "hf":
-        return flatten(files.config, where)
-    kind = files.config.get("model_type")
-    named = files.config.get("architectures") or [None]
+    return in_llava_layout(files.config, str(files.path / "config.json"))
+
+
+def in_llava_layout(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config.json of either layout as `flat_config` gives it. ValueError for one that cannot be
+    read."""
+    if "text_config" in config:
+        return flatten(config, where)
+    kind = config.get("model_type")
+    named = config.get("architectures") or [None]
     family = ARCHITECTURES.get(named[0]) if kind == "llava" else None
     family = family or MODEL_TYPES.get(str(kind))
     if family is None:
         raise ValueError(f"{where} has model_type {kind!r}; accepted: {', '.join(MODEL_TYPES)}")
-    return {**files.config, "model_type": family}
+    return {**config, "model_type": family}
 
 
 # ------------------------------------------------------------------------------- base and adapters

@@ -153,14 +153,9 @@ def load_checkpoint(
     )
     family = FAMILIES[parts.config["model_type"]][1]
     family = family if adapt is None else adapt(family)
-    with torch.device("meta"):
-        unused = check_weights(parts.weights, family(config), str(folder))
-    if unused:
-        log.warning("%s: weights that have no place in the model: %s", folder, ", ".join(unused))
-    for name in unused:
-        del parts.weights[name]
+    unused = check_parts(family, config, parts)
     placement, memory = _placement(place, device_map, max_memory)
-    model = _load(
+    model = load_parts(
         family,
         config,
         parts,
@@ -182,8 +177,13 @@ def load_checkpoint(
 # -------------------------------------------------------------------------------------- what it is
 def read_config(parts: Parts) -> Any:
     """The config object of assembled parts."""
-    raw = {key: value for key, value in parts.config.items() if key != "model_type"}
-    config = FAMILIES[parts.config["model_type"]][0].from_dict(raw)
+    return config_object(parts.config)
+
+
+def config_object(flat: dict[str, Any]) -> Any:
+    """The config object of a flat config with a `model_type` of `FAMILIES`."""
+    raw = {key: value for key, value in flat.items() if key != "model_type"}
+    config = FAMILIES[flat["model_type"]][0].from_dict(raw)
     config.architectures = None
     return config
 
@@ -320,11 +320,27 @@ def quantisation(
     )
 
 
-def _load(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
-    """The model through transformers' loader; every weight comes from `parts`."""
-    on_disk = isinstance(options["device_map"], dict) and "disk" in options["device_map"].values()
+def check_parts(family: Any, config: Any, parts: Parts) -> list[str]:
+    """Compare the weights with the model's names and shapes and take away those without a place in
+    it, which are returned and logged. ValueError for what is missing or of another shape."""
+    folder = parts.folders[0]
+    with torch.device("meta"):
+        unused = check_weights(parts.weights, family(config), str(folder))
+    if unused:
+        log.warning("%s: weights that have no place in the model: %s", folder, ", ".join(unused))
+    for name in unused:
+        del parts.weights[name]
+    return unused
+
+
+def load_parts(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
+    """The model through transformers' loader, with its options; every weight comes from `parts`,
+    which `check_parts` has seen."""
+    device_map = options.get("device_map")
+    on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
     temporary = None
-    if options["offload_folder"] is None and (on_disk or options["max_memory"] is not None):
+    limited = options.get("max_memory") is not None
+    if options.get("offload_folder") is None and (on_disk or limited):
         temporary = options["offload_folder"] = tempfile.mkdtemp(prefix="llava-offload-")
     options = {key: value for key, value in options.items() if value is not None}
     model, report = family.from_pretrained(

@@ -41,6 +41,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import count_visual_tokens
+from llava.model.builder import FAMILIES, config_object
 from llava.model.multimodal_encoder.builder import tower_structure
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
@@ -52,7 +53,6 @@ from llava.train.setup import (
     check_plan,
     freeze,
     keep_checkpoint_settings,
-    model_class,
     read_config,
 )
 from llava.train.telemetry import GIB, BatchCost
@@ -152,8 +152,7 @@ def build_model(command: Command) -> Any:
     config, weights at random (under ``torch.device("meta")`` none). It reads config files alone."""
     args, flags, engine = copy.copy(command.model), command.flags, command.engine
     folder, raw = read_config(args)
-    cls = model_class(raw)
-    config = cls.config_class.from_pretrained(folder)
+    cls, config = FAMILIES[raw["model_type"]][1], config_object(raw)
     keep_checkpoint_settings(args, config)
     name = args.vision_tower
     args.pretrain_mm_mlp_adapter = None

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from llava.constants import (
@@ -26,8 +25,15 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates
 from llava.mm_utils import crop_side
-from llava.model.builder import FAMILIES, quantisation
-from llava.model.checkpoint_layout import BASE_KEY
+from llava.model.assemble import assemble, flat_config, in_llava_layout
+from llava.model.builder import (
+    FAMILIES,
+    check_parts,
+    config_object,
+    load_parts,
+    quantisation,
+)
+from llava.model.checkpoint_layout import BASE_KEY, inspect_checkpoint, resolve_folder
 from llava.model.tokenizers import read_tokenizer
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
@@ -45,8 +51,8 @@ logger = get_logger(__name__)
 
 
 def read_config(model_args: ModelArguments) -> tuple[str, dict[str, Any]]:
-    """Where the base is (a folder, or a hub id) and its config.json. Raises ValueError or OSError
-    when there is none."""
+    """Where the base is (a folder, or a hub id) and its config.json in LLaVA's layout. ValueError
+    or OSError when there is none, or one of another architecture."""
     name = str(model_args.model_name_or_path or model_args.init_from_config)
     file = Path(name)
     if file.is_dir():
@@ -60,8 +66,8 @@ def read_config(model_args: ModelArguments) -> tuple[str, dict[str, Any]]:
             file = Path(str(cached_file(name, "config.json")))
         except OSError as error:
             raise ValueError(f"model {name} is no folder and not on the hub: {error}") from error
-        return name, _read_json(file)
-    return str(file.parent), _read_json(file)
+        return name, in_llava_layout(_read_json(file), str(file))
+    return str(file.parent), in_llava_layout(_read_json(file), str(file))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -71,47 +77,19 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
 
-def model_class(config: dict[str, Any]) -> Any:
-    """The LLaVA class for a base's config.json. ValueError for another architecture."""
-    bases = {
-        "llama": "llava_llama",
-        "mistral": "llava_mistral",
-        "qwen2": "llava_qwen",
-        "qwen3": "llava_qwen3",
-    }
-    kind = str(config.get("model_type"))
-    if "text_config" in config:
-        raise ValueError(
-            f"model_type {kind!r} with a text_config is transformers' own layout; convert the "
-            "checkpoint to the LLaVA layout to train it"
-        )
-    name = bases.get(kind, kind)
-    if name not in FAMILIES:
-        raise ValueError(
-            f"model_type {kind!r} cannot be trained here; accepted: {', '.join(bases)}, "
-            + ", ".join(FAMILIES)
-        )
-    return FAMILIES[name][1]
-
-
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
     """The model with its vision modules, in float32 (with --bits, the language model's linear
     layers quantised), nothing frozen yet."""
-    folder, raw = read_config(model_args)
-    cls = model_class(raw)
-    config = cls.config_class.from_pretrained(folder)
-    keep_checkpoint_settings(model_args, config)
-    attention = {"attn_implementation": training_args.attention_backend()}
+    options = {"attn_implementation": training_args.attention_backend()}
     if model_args.init_from_config:
+        raw = read_config(model_args)[1]
+        config = config_object(raw)
+        keep_checkpoint_settings(model_args, config)
         config.mm_vision_tower = config.mm_vision_config = None  # read from its own folder below
-        model = cls._from_config(config, dtype=torch.float32, **attention)
+        model = FAMILIES[raw["model_type"]][1]._from_config(config, dtype=torch.float32, **options)
     else:
-        expect_tower(config, model_args)
-        options = attention | quantised_at(training_args)
-        model, info = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
-        )
-        check_loaded(folder, model, info)
+        partly = training_args.lora_enable or model_args.tune_mm_mlp_adapter
+        model = load_base(model_args, partly, **options, **quantised_at(training_args))
     if model_args.vision_tower:
         try:
             model.get_model().initialize_vision_modules(model_args)
@@ -144,42 +122,34 @@ def quantised_at(training_args: TrainingArguments) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": training_args.device}}
 
 
-def expect_tower(config: Any, model_args: ModelArguments) -> None:
-    """Let a LLaVA checkpoint's own tower be found: with its structure known from the tower's
-    folder, tower weights that the checkpoint may hold (LLaVA-1.6 does) are used."""
-    name = getattr(config, "mm_vision_tower", None)
-    if not name:
-        return
-    if getattr(config, "mm_vision_config", None) is None:
-        folder = Path(model_args.vision_tower or name)
-        if (folder / "config.json").is_file():
-            config.mm_vision_config = CLIPVisionConfig.from_pretrained(folder).to_diff_dict()
-            config.mm_vision_tower = model_args.vision_tower
-    elif model_args.vision_tower != name:
-        logger.warning("the checkpoint's tower is replaced by %s", model_args.vision_tower)
+def load_base(model_args: ModelArguments, partly: bool, **options: Any) -> Any:
+    """The base, of any layout that can be loaded (`llava.model.assemble`), with its own tower
+    unless --vision_tower names another one. partly: a checkpoint of this run will lie over it.
 
-
-def check_loaded(folder: str, model: Any, info: Mapping[str, Any]) -> None:
-    """Complete a loaded base: a tower that it does not hold is read from its own folder, another
-    part beside the language model starts at random and is named.
-
-    ValueError unless every weight of the language model was there.
+    ValueError for a base that lacks a weight, and in the last case for one that lies over another.
     """
-    missing = {part: [] for part in ("language", "projector", "tower")}
-    for name in sorted(info["missing_keys"]):
-        missing[part_of(name)].append(name)
-    lost = missing["language"] + [str(item[0]) for item in info["mismatched_keys"]]
-    if lost:
+    files = inspect_checkpoint(resolve_folder(str(model_args.model_name_or_path)))
+    if partly and files.kind != "full":
         raise ValueError(
-            f"{folder} does not hold the weights its config.json describes: {len(lost)} missing or "
-            f"of another shape, e.g. {lost[0]}"
+            f"{files.path} ({files.describe()}) cannot be the base of what is saved without its "
+            "base; make one checkpoint of it first: llava convert --to llava"
         )
-    if missing["tower"]:
-        model.get_vision_tower().load_model()
-    if missing["projector"]:
-        logger.warning("not in the checkpoint, at random: %s", ", ".join(missing["projector"]))
-    if info["unexpected_keys"]:
-        logger.warning("not used: %s", ", ".join(sorted(info["unexpected_keys"])[:8]))
+    stored, asked = flat_config(files).get("mm_vision_tower"), model_args.vision_tower
+    other = asked if stored and asked not in (None, stored) else None
+    parts = assemble(files.path, vision_tower=other, merge_dtype=torch.float32)
+    if other is not None:
+        logger.warning("the checkpoint's tower %s is replaced by %s", stored, other)
+        parts.config["mm_vision_tower"] = other
+    family, config = FAMILIES[parts.config["model_type"]][1], config_object(parts.config)
+    keep_checkpoint_settings(model_args, config)
+    projector = getattr(config, "mm_projector_type", None)
+    if projector not in (None, model_args.mm_projector_type):
+        raise ValueError(
+            f"--mm_projector_type {model_args.mm_projector_type}: {files.path} has a trained "
+            f"projector of type {projector}"
+        )
+    check_parts(family, config, parts)
+    return load_parts(family, config, parts, dtype=torch.float32, **options)
 
 
 _MM_FLAGS = {
@@ -368,7 +338,6 @@ def check_plan(model_args: ModelArguments) -> None:
     """ValueError for a base of another architecture or a plan that does not fit it, before its
     tokenizer and weights are read."""
     raw = read_config(model_args)[1]
-    model_class(raw)
     layers, heads = raw.get("num_hidden_layers"), raw.get("num_attention_heads")
     plan = model_args.plan()
     if plan is None or not isinstance(layers, int):

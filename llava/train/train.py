@@ -134,7 +134,7 @@ def make_trainer(
     set_seed(training_args.seed)
     transformers.utils.logging.disable_progress_bar()
     check_plan(model_args)
-    transformers.utils.logging.set_verbosity_error()  # what it warns of is judged by check_loaded
+    transformers.utils.logging.set_verbosity_error()  # what it warns of is judged by check_parts
     tokenizer = load_tokenizer(model_args, training_args.model_max_length)
     try:
         model = load_model(model_args, training_args)

@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava.model.assemble import merge_lora
 from llava.model.builder import load_pretrained_model
+from llava.model.convert import convert
 from llava.train import llava_trainer
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import PREFIX, add_adapters
@@ -23,7 +24,7 @@ from llava.train.train import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_train import command, losses, pictures  # noqa: E402
-from train_fixtures import write_all, write_tokenizer  # noqa: E402
+from train_fixtures import write_all, write_tokenizer, write_tower  # noqa: E402
 
 PYRAMID = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
 LORA = {
@@ -275,6 +276,42 @@ def test_a_stage_that_saves_a_part_names_its_base(files, tmp_path, trained):
         torch.testing.assert_close(logits(loaded, "none"), logits(model, "none"))
     rest = torch.load(tmp_path / "lora" / "non_lora_trainables.bin", weights_only=True)
     assert not [key for key in rest if "isolator" in key]
+
+
+def test_training_goes_on_from_any_layout(files, tmp_path, trained, capsys):
+    """A LoRA run, as one model with its base and in transformers' layout, with the tower it has and
+    with another one."""
+    data = pictures(files, "captions.json")
+    frozen = {"learning_rate": 0.0, **data}
+    flags = {"model_name_or_path": files / "base", **LORA, **PYRAMID, **data}
+    main(command(**flags, output_dir=tmp_path / "lora"))
+    shown = logits(trained[0])
+    main(command(**frozen, model_name_or_path=tmp_path / "lora", output_dir=tmp_path / "whole"))
+    convert(tmp_path / "lora", tmp_path / "hf", "hf")
+    frozen["vision_tower"] = None  # the checkpoint's own
+    main(command(**frozen, model_name_or_path=tmp_path / "hf", output_dir=tmp_path / "of hf"))
+    for model in trained[1:]:
+        torch.testing.assert_close(logits(model)[..., :17], shown)  # the other layout adds rows
+    write_tower(tmp_path / "tower", seed=2)
+    over = {**LORA, **data, "model_name_or_path": tmp_path / "whole"}
+    over |= {"vision_tower": tmp_path / "tower"}
+    main(command(**over, output_dir=tmp_path / "new tower"))
+    _, model, _, _ = load_pretrained_model(str(tmp_path / "new tower"), device="cpu")
+    torch.testing.assert_close(logits(model), logits(trained[-1]))
+    with pytest.raises(SystemExit):
+        main(
+            command(**{**flags, "model_name_or_path": tmp_path / "lora"}, output_dir=tmp_path / "x")
+        )
+    assert "llava convert --to llava" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(
+            command(
+                **{**frozen, "mm_projector_type": "mlp3x_gelu"},
+                model_name_or_path=tmp_path / "whole",
+                output_dir=tmp_path / "x",
+            )
+        )
+    assert "has a trained projector of type mlp2x_gelu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", [4, 8])

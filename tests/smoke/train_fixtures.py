@@ -31,9 +31,9 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def write_tower(folder: Path) -> None:
+def write_tower(folder: Path, seed: int = 1) -> None:
     """A CLIP tower of 2 x 2 patches with random weights."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         image_size=SIDE, patch_size=14,
