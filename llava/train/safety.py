@@ -189,7 +189,8 @@ class StopOnSignal(TrainerCallback):
 def in_own_groups(loader: DataLoader) -> DataLoader:
     """The loader, whose workers leave the process group of the run: a signal to the group would
     end them (torch restores SIGTERM in a worker) and with them the run, before it can save."""
-    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+    own = getattr(loader, "base_dataloader", loader)  # accelerate's reads through to it
+    own.worker_init_fn = functools.partial(_start_worker, own.worker_init_fn)
     return loader
 
 

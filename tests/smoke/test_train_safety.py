@@ -125,10 +125,11 @@ def test_nan_guard_names_the_first_bad_tensor_and_the_samples(
 def test_a_signal_saves_stops_and_resumes_as_if_nothing_had_happened(
     files: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to the whole process group, data workers included, as Slurm sends it; twice."""
+    """SIGTERM to the whole process group, as Slurm sends it; twice. The data worker is alive then:
+    it still has batches to hand over."""
     flags = start(
-        files, tmp_path / "run", max_steps=8, save_strategy="no", gradient_accumulation_steps=2,
-        dataloader_num_workers=1, per_device_train_batch_size=3,
+        files, tmp_path / "run", max_steps=8, save_strategy="no", dataloader_num_workers=1,
+        per_device_train_batch_size=1,
     )  # fmt: skip
     entry.main([*flags, "--output_dir", str(tmp_path / "whole")])
     script = tmp_path / "slow.py"  # a step takes long enough to be hit
