@@ -551,7 +551,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     probe = CommunicationProbe(steps)
     if several:
         trainer.add_callback(probe)
-    fit(trainer, None)
+    fit(trainer)
     joined = over_ranks(trainer.meter, watch.finish())
     waits = trainer.meter.gather([probe.seconds or 0.0])
     if training_args.process_index == 0:
