@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import DATA
+from places import DATA
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (

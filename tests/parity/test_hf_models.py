@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from miniatures import IMAGE_ID, PATCH, PINS, SIDE, TOKENIZER, hf_model, write_hf, write_original
 from PIL import Image
+from places import ROOT
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 

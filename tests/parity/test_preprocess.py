@@ -7,7 +7,7 @@ import math
 import shutil
 
 import pytest
-from conftest import DATA, reference_root
+from places import DATA, reference_root
 from preprocess_cases import run_case
 
 STORED = DATA / "pyramiddrop" / "preprocess"

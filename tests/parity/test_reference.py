@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import reference_cases
-from conftest import DATA, reference_root
+from places import DATA, reference_root
 from safetensors.torch import load_file, save_file
 
 METHODS = sorted(reference_cases.CHECKERS)

@@ -8,7 +8,7 @@ import shutil
 import eval_cases
 import pytest
 import reference_cases
-from conftest import DATA, reference_root
+from places import DATA, reference_root
 
 STORED = DATA / "eval"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from places import ROOT
 
 from llava.decoding import Decoding
 from llava.digits.build import build_eval

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import DATA
 from miniatures import write_json
+from places import DATA
 
 from llava.mm_utils import tokenizer_image_token
 from llava.model.tokenizers import load_tokenizer

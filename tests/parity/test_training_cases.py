@@ -9,7 +9,7 @@ import json
 import shutil
 
 import pytest
-from conftest import DATA, reference_root
+from places import DATA, reference_root
 from safetensors.torch import load_file, save_file
 from training_cases import LABELS_FILE, SAMPLER_FILE, run, through_trainer
 

@@ -19,8 +19,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from places import ROOT
 
 from llava.decoding import Decoding
 from llava.digits.build import build_eval

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from places import ROOT
 from tiny_checkpoint import save_tiny_checkpoint
 
 from llava.prompting import prepare_batch

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from miniatures import (
     edit,
     equal,
@@ -23,6 +22,7 @@ from miniatures import (
     write_original,
     write_projector_only,
 )
+from places import ROOT
 
 from llava.model.convert import convert, extract_projector
 from llava.model.model_card import MARK, main, write_card

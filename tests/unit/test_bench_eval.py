@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from places import ROOT
 
 from llava.digits.build import build_eval
 from llava.eval import bench_eval

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from conftest import DATA
+from places import DATA
 
 from llava.conversation import (
     SeparatorStyle,

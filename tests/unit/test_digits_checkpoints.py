@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 from llava.digits.build import build_eval
 from llava.digits.sets import SETS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 pytest.importorskip("scipy")
 SPEC = importlib.util.spec_from_file_location(

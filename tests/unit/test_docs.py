@@ -7,7 +7,7 @@ import difflib
 import re
 
 import numpy as np
-from conftest import ROOT
+from places import ROOT
 
 from llava.reduction import REDUCERS, ReductionPlan
 

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA
 from PIL import Image
+from places import DATA
 from transformers import AutoTokenizer
 
 from llava.decoding import Decoding

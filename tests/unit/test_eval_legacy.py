@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DATA, ROOT
+from places import DATA, ROOT
 
 from llava.eval import (
     eval_pope,

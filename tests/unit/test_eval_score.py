@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import DATA, ROOT
+from places import DATA, ROOT
 
 from llava.cli import main as llava
 from llava.eval.benchmarks import BENCHMARKS, get_benchmark, load_benchmark

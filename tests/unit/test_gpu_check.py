@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from places import ROOT
 
 for folder in ("gpu", "parity", "smoke"):
     sys.path.insert(0, str(ROOT / "tests" / folder))

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 from llava import cli
 from llava.reduction import ReductionPlan

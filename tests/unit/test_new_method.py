@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from places import ROOT
 from tiny import batch, labels_of, prompts, tiny_model
 
 from llava.reduction import REDUCERS, ReductionPlan

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA
 from PIL import Image
+from places import DATA
 from transformers import AutoTokenizer
 
 from llava.mm_utils import clip_image_processor_class, tokenizer_image_token

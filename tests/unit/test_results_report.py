@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 from llava.eval import collect, results_report
 from llava.eval.paper_tables import PAPER_TABLES, papers_average

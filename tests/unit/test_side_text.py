@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DATA
+from places import DATA
 from transformers import AutoTokenizer
 
 from llava.constants import IMAGE_TOKEN_INDEX
