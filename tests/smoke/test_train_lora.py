@@ -79,9 +79,9 @@ def test_a_run_loads_as_the_model_that_was_trained(files, tmp_path, trained, mor
     out = tmp_path / "run"
     data = pictures(files, "captions.json")
     flags = {"model_name_or_path": files / "base", **LORA, **PYRAMID, **data, **more}
-    main(command(output_dir=out, **{**flags, "max_steps": 40}))
+    main(command(output_dir=out, **{**flags, "max_steps": 24}))
     curve = losses(out)
-    assert curve[-1] < 0.85 * curve[0]
+    assert curve[-1] < 0.9 * curve[0]
 
     assert not list(out.glob("model*.safetensors"))
     settings = json.loads((out / "adapter_config.json").read_text())
