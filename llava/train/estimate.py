@@ -157,7 +157,9 @@ def build_model(command: Command) -> Any:
     name = args.vision_tower
     args.pretrain_mm_mlp_adapter = None
     if name:
-        config.mm_vision_tower, config.mm_vision_config = name, tower_structure(name, folder)
+        own = raw.get("mm_vision_config") if raw.get("mm_vision_tower") == name else None
+        config.mm_vision_tower = name
+        config.mm_vision_config = own or tower_structure(name, folder)
         config.mm_vision_select_layer = args.mm_vision_select_layer
         config.mm_vision_select_feature = args.mm_vision_select_feature
         config.mm_projector_type = args.mm_projector_type

@@ -268,6 +268,20 @@ def test_anyres_takes_the_picture_with_most_tiles(files):
     assert found.samples["longest"].tokens == 64
 
 
+def test_a_checkpoint_brings_its_own_tower(files):
+    """Structure from its config.json; the folder that it names may be gone."""
+    flags = {"mm_projector_type": None, "mm_vision_select_layer": None, "vision_tower": None}
+    asked = read_command(words(files), 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        config = fake_model(asked).config
+    config.mm_vision_tower = "/gone"
+    config.save_pretrained(files / "checkpoint")
+    again = {**flags, "init_from_config": None, "model_name_or_path": files / "checkpoint"}
+    expected, found = (estimate(read_command(words(files, **more), 1)) for more in ({}, again))
+    assert found.parameters == expected.parameters
+    assert found.batches == expected.batches
+
+
 def test_who_asks_for_an_estimate():
     assert wanted(["--estimate"])
     assert wanted(["--estimate", "--bf16", "True"])
