@@ -31,6 +31,7 @@ from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
 from llava.train.probe import Probe
+from llava.train.resume import is_universal, restore_groups
 from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
 from llava.train.sampler import (
     EpochSeeded,
@@ -252,6 +253,7 @@ class LLaVATrainer(Trainer):
         )
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
         self.optimizer = cls(groups, **kwargs)
+        self.decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         return self.optimizer
 
     # -- files -------------------------------------------------------------------------------------
@@ -350,6 +352,8 @@ class LLaVATrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (Path(checkpoint) / STATE_FOLDER).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and is_universal(self.args):
+                restore_groups(self.optimizer, self.lr_scheduler, self.decays)
             return
         load_state(self.model, self.optimizer, checkpoint)
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)

@@ -111,6 +111,11 @@ def fit_engine(folder: Path, args: Any) -> None:
     args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
 
 
+def is_universal(args: Any) -> bool:
+    """Whether the run reads a universal checkpoint."""
+    return bool(args.deepspeed) and "checkpoint" in args.hf_deepspeed_config.config
+
+
 def make_universal(shards: Path) -> None:
     """Write DeepSpeed's universal form of a ZeRO checkpoint beside it, unless it is there already.
     ValueError when it cannot be made (SGD under ZeRO-3: there must be Adam's two moments)."""
@@ -127,6 +132,18 @@ def make_universal(shards: Path) -> None:
             f"{shards.parent} cannot be turned into a universal checkpoint, so only as many ranks "
             f"as wrote it can go on from it: {reason}"
         )
+
+
+def restore_groups(optimizer: Any, scheduler: Any, decays: list[float]) -> None:
+    """Put right what a universal checkpoint leaves under ZeRO-3: all groups come back with the
+    first one's learning rate and weight decay, and all states with one tensor as their step, which
+    an update then counts up once a state."""
+    rates = scheduler.get_last_lr()
+    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _deepspeed_folder(folder: Path) -> Path | None:

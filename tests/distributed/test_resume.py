@@ -18,6 +18,7 @@ import torch
 from two_ranks import Ranks, command, losses, need_deepspeed, recipe, weights
 
 CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
+LORA = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.1, **CUTS}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "zero2": {"deepspeed": "scripts/zero2.json", **CUTS},
@@ -25,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"fsdp": "full_shard", **CUTS},
     "zero3, projector": {"deepspeed": "scripts/zero3.json", "tune_mm_mlp_adapter": True},
     "fsdp2, projector": {"fsdp": "full_shard", "tune_mm_mlp_adapter": True},
+    "zero2, LoRA": {"deepspeed": "scripts/zero2.json", **LORA},
 }
 RUN = {
     "optim": "adamw_torch",  # with a state to lose
@@ -71,6 +73,21 @@ def test_killed_and_resumed_is_undisturbed(
     found, expected = weights(out), weights(tmp_path / "whole")
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    if "lora_dropout" not in flags:  # one rank draws other numbers
+        one_rank_goes_on(ranks, tmp_path, {**flags, "gradient_accumulation_steps": 2})
     if "fsdp" in flags:  # each rank has written its own share
         shares = {path.name[:4] for path in out.glob("checkpoint-8/fsdp_state/*.distcp")}
         assert shares == {"__0_", "__1_"}
+
+
+def one_rank_goes_on(ranks: Ranks, folder: Path, flags: dict[str, Any]) -> None:
+    """The last two steps by one rank: ZeRO through a universal checkpoint, FSDP2's files read by
+    plain training. The sums of two ranks are then made in another order."""
+    middle, out = folder / "whole" / "checkpoint-6", folder / "one rank"
+    flags = {**flags, "fsdp": None, "resume_from_checkpoint": middle}
+    log = ranks.run(command(**flags, output_dir=out), ranks=1)
+    assert ("was written by 2 ranks, here are 1" in log) == bool(flags.get("deepspeed"))
+    assert losses(out) == pytest.approx(losses(folder / "whole"), abs=1e-5)
+    found, expected = weights(out), weights(folder / "whole")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)

@@ -83,18 +83,18 @@ class Ranks:
                 raise RuntimeError(f"the launcher ended: {log}")
             time.sleep(0.02)
 
-    def logs(self) -> str:
-        """The end of what the ranks wrote during the last command."""
+    def logs(self) -> list[str]:
+        """What the ranks wrote during the last command."""
         base = self.folder / f"job-{self.jobs - 1}"
         logs = [Path(f"{base}.{rank}.log") for rank in range(RANKS)]
-        parts = [f"\n--- {log.name}\n{log.read_text()[-4000:]}" for log in logs if log.exists()]
-        return "".join(parts)
+        return [log.read_text() if log.exists() else "" for log in logs]
 
     def run(self, arguments: list[str], ranks: int = RANKS) -> str:
         """Run a command to its end; its output. AssertionError if a rank fails or does not end."""
         codes = self.codes(arguments, ranks=ranks)
-        assert codes == [0] * RANKS, f"exit codes {codes}{self.logs()}"
-        return self.logs()
+        ends = "".join(f"\n--- rank {rank}\n{log[-4000:]}" for rank, log in enumerate(self.logs()))
+        assert codes == [0] * RANKS, f"exit codes {codes}{ends}"
+        return "".join(self.logs())
 
     def close(self) -> None:
         (self.folder / "stop").touch()
@@ -123,11 +123,14 @@ def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What a run has saved: the projector's file, or the whole model's."""
-    projector = folder / "mm_projector.bin"
-    if projector.is_file():
-        return torch.load(projector, weights_only=True)
-    return load_file(folder / "model.safetensors")
+    """What a run has saved: the projector's file, LoRA's two, or the whole model's."""
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            found |= load_file(file)
+        elif file.name in ("mm_projector.bin", "non_lora_trainables.bin"):
+            found |= torch.load(file, weights_only=True)
+    return found
 
 
 def need_deepspeed() -> None:
