@@ -45,7 +45,7 @@ from llava.train.arguments import (
 from llava.train.dataset import check_max_length
 from llava.train.lora import Adapters, add_adapters, halve_frozen, trains
 from llava.train.parts import part_of
-from llava.utils import get_logger
+from llava.utils import get_logger, set_seed
 
 logger = get_logger(__name__)
 
@@ -280,6 +280,7 @@ def add_lora(
     names = [name for name, _ in model.named_parameters() if part_of(name) in also]
     if raw.get("vocab_size") != model.config.vocab_size:
         names += ["model.embed_tokens.weight", "lm_head.weight"]
+    set_seed(training_args.seed)  # what was drawn so far depends on how ZeRO-3 reads the base
     return add_adapters(model, training_args, base_name(model_args), tuple(names))
 
 

@@ -1,33 +1,28 @@
 """Two gloo ranks give the single process's losses and weights, however the work is split.
 
-A rank's batch is one sample, so that in most steps one rank has a picture and the other text alone,
-or another number of them: a rank that skipped a call would hang the job here. SGD in float32; the
-single process accumulates the two batches that the ranks share out.
+A rank's batch is one sample (one to three under a token budget), so that in most steps one rank has
+a picture and the other text alone, or another number of them: a rank that skipped a call would hang
+the job here. SGD in float32; the single process accumulates the two batches that the ranks share
+out.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from two_ranks import Ranks, command, losses, need_deepspeed, recipe, weights
+from two_ranks import ROOT, Ranks, command, losses, need_deepspeed, recipe, weights
 
 from llava.train.train import main
 
+CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
-    "cuts": {
-        "layer_list": "[1,2]",
-        "image_token_ratio_list": "[0.5,0.25]",
-        "loss_mean": "tokens",  # over all ranks' targets, whose numbers differ
-    },
-    "cuts, packed": {
-        "layer_list": "[1,2]",
-        "image_token_ratio_list": "[0.5,0.25]",
-        "packed": True,
-    },
+    "cuts": {**CUTS, "loss_mean": "tokens"},  # over all ranks' targets, whose numbers differ
+    "cuts, packed": {**CUTS, "packed": True},
     # A text is looked up in the embeddings at the cut: sharded weights alone can notice.
     "words": {"reduction": "simignore:ratio=0.75,text=question+fastv:k=2,r=0.5"},
     "projector": {"tune_mm_mlp_adapter": True, "gradient_checkpointing": True},
@@ -38,18 +33,34 @@ RECIPES: dict[str, dict[str, Any]] = {
         "loss_mean": "tokens",
     },
     # Batches of 1 to 3 samples; a step is the same two of them, on two ranks or accumulated.
-    "token budget": {"packed": True, "token_budget": 20},
+    "token budget": {**CUTS, "packed": True, "token_budget": 20},
+    "LoRA": {**CUTS, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.0},
 }
+LEAVES = {"classes": ["StagedLlamaDecoderLayer", "CLIPVisionTower"]}
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "zero2": {"deepspeed": "scripts/zero2.json"},
     "zero3": {"deepspeed": "scripts/zero3.json"},
+    "zero3, leaves": {"deepspeed": "with leaf modules"},
     "fsdp2": {"fsdp": "full_shard"},
 }
-SPLIT = ("zero3", "fsdp2")
-"""Engines that split the weights over the ranks."""
-ONLY = {"words": SPLIT, "projector": SPLIT, "two speeds": SPLIT, "token budget": ("ddp",)}
-"""Recipes that run on some engines only."""
+RUNS = {
+    "ddp": ("none", "cuts", "token budget"),
+    "zero2": ("none", "cuts", "LoRA"),
+    # Split weights: whatever touches a weight outside its unit's call fails.
+    "zero3": tuple(RECIPES),
+    "zero3, leaves": ("token budget",),
+    "fsdp2": tuple(RECIPES),
+}
+"""What each engine runs: the same code paths twice would tell nothing new."""
+
+
+def with_leaves(folder: Path) -> Path:
+    """zero3.json with whole decoder layers and the whole tower gathered at once."""
+    settings = json.loads((ROOT / "scripts" / "zero3.json").read_text())
+    settings["zero_optimization"]["leaf_module"] = LEAVES
+    (folder / "leaves.json").write_text(json.dumps(settings))
+    return folder / "leaves.json"
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +74,21 @@ def single(start: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "name"), [(engine, name) for engine, names in RUNS.items() for name in names]
+)
 def test_ranks_learn_what_one_process_learns(
-    start: Path, single: Path, ranks: Ranks, tmp_path: Path, engine: str
+    start: Path, single: Path, ranks: Ranks, tmp_path: Path, engine: str, name: str
 ) -> None:
-    flags = ENGINES[engine]
+    flags = {**ENGINES[engine], **RECIPES[name], "data_cache_dir": start / "cache"}
     if "deepspeed" in flags:
         need_deepspeed()
-    for name, more in RECIPES.items():
-        if engine not in ONLY.get(name, ENGINES):
-            continue
-        more = {**more, "data_cache_dir": tmp_path / "cache"}
-        ranks.run(command(**recipe(start, {**flags, **more}), output_dir=tmp_path / name))
-        assert losses(tmp_path / name) == pytest.approx(losses(single / name), abs=1e-5), name
-        found, expected = weights(tmp_path / name), weights(single / name)
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+    if engine == "zero3, leaves":
+        flags["deepspeed"] = with_leaves(tmp_path)
+    out = tmp_path / "out"
+    ranks.run(command(**recipe(start, flags), output_dir=out))
+    assert losses(out) == pytest.approx(losses(single / name), abs=1e-5)
+    found, expected = weights(out), weights(single / name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)

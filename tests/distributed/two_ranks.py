@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_train import command, losses, pictures  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS, TIMEOUT, STEPS = 2, 120, 8
+RANKS, TIMEOUT, STEPS = 2, 300, 8
 
 
 class Ranks:
