@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from llava.train.fsdp import STATE_FOLDER
-from llava.train.parts import part_of
 from llava.train.saving import remove_leftovers
 from llava.utils import get_logger
 
@@ -119,20 +118,10 @@ def is_universal(args: Any) -> bool:
 
 def make_universal(shards: Path) -> None:
     """Write DeepSpeed's universal form of a ZeRO checkpoint beside it, unless it is there already.
-    ValueError when it cannot be made, or would lack something: frozen weights of the language model
-    that ZeRO-3 splits (projector stage, LoRA), and under ZeRO-3 Adam's two moments with SGD."""
+    ValueError when it cannot be made (under ZeRO-3 there must be Adam's two moments)."""
     done = shards.parent / "latest_universal"
     if done.is_file():
         return
-    for file in sorted(shards.glob("zero_pp_rank_0_*model_states.pt")):  # ZeRO-3 alone has them
-        state = torch.load(file, map_location="cpu", weights_only=False)
-        frozen = [name for name in state["frozen_param_shapes"] or () if part_of(name) != "tower"]
-        if frozen:
-            raise ValueError(
-                f"{shards.parent} has frozen weights that ZeRO-3 has split (e.g. {frozen[0]}); "
-                "DeepSpeed's universal form leaves them out, so only as many ranks as wrote it "
-                "can go on from it"
-            )
     module = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     target = str(shards.parent / f"{shards.name}_universal")
     paths = ["--input_folder", str(shards), "--output_folder", target, "--inject_missing_state"]

@@ -73,8 +73,7 @@ def test_killed_and_resumed_is_undisturbed(
     found, expected = weights(out), weights(tmp_path / "whole")
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    # With dropout one rank draws other numbers; frozen weights split by ZeRO-3 are refused.
-    if "lora_dropout" not in flags and case != "zero3, projector":
+    if "lora_dropout" not in flags:  # with dropout one rank draws other numbers
         one_rank_goes_on(ranks, tmp_path, {**flags, "gradient_accumulation_steps": 2})
     if "fsdp" in flags:  # each rank has written its own share
         shares = {path.name[:4] for path in out.glob("checkpoint-8/fsdp_state/*.distcp")}

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from llava.train.resume import checkpoint_to_resume, last_whole
 from llava.train.saving import STAGING, publish
@@ -83,19 +82,6 @@ def test_what_cannot_be_gone_on_from_is_said(tmp_path, kind, changes, message):
         checkpoint(tmp_path / "checkpoint-4", kind)
     with pytest.raises(ValueError, match=message):
         checkpoint_to_resume(arguments(tmp_path, **changes))
-
-
-def test_frozen_weights_that_zero3_has_split_need_the_same_ranks(tmp_path):
-    shards = checkpoint(tmp_path / "checkpoint-4", "DeepSpeed") / "global_step4"
-    frozen = {"model.vision_tower.x": (2,), "model.layers.0.mlp.up_proj.weight": (2,)}
-    torch.save(
-        {"frozen_param_shapes": frozen}, shards / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    )
-    run = arguments(tmp_path, deepspeed="zero3.json", world_size=3)
-    with pytest.raises(ValueError, match=r"frozen weights .* model.layers.0.mlp.up_proj.weight"):
-        checkpoint_to_resume(run)
-    run.world_size = 2
-    assert checkpoint_to_resume(run) == str(tmp_path / "checkpoint-4")
 
 
 def test_plain_training_reads_what_fsdp_wrote(tmp_path):
