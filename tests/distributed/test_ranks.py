@@ -92,3 +92,24 @@ def test_ranks_learn_what_one_process_learns(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_zero3_offload_trains_the_same_recipe(start: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """One rank, DeepSpeed's own AdamW on the CPU, against torch's. Learning rates in the log: the
+    command line's schedule."""
+    need_deepspeed()
+    flags = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+    flags = recipe(start, {**flags, "max_steps": 4, "max_grad_norm": 0.5})
+    main(command(**flags, output_dir=tmp_path / "torch"))
+    offload = {"deepspeed": "scripts/zero3_offload.json"}
+    ranks.run(command(**flags, **offload, output_dir=tmp_path / "offload"), ranks=1)
+    assert losses(tmp_path / "offload") == pytest.approx(losses(tmp_path / "torch"), abs=1e-4)
+    rates = [logged(tmp_path / name, "learning_rate") for name in ("offload", "torch")]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0][1] > rates[0][2] > rates[0][3]
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
