@@ -16,7 +16,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from miniatures import load, write_original
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 PLANS = {
     "none": "none",
@@ -116,6 +116,13 @@ def test_a_second_device_behind_a_boundary(plan, boundary, tmp_path):
         if all(stage.start <= boundary for stage in out.past_key_values.stages):
             step = model(torch.tensor([[5], [6]]), past_key_values=out.past_key_values)
             assert step.logits.device.type == "meta"
+    # Training: the targets cross over with the hidden states (no gradient comes back from meta).
+    model.train()
+    labels = inputs()["input_ids"]
+    labels[labels == IMAGE_TOKEN_INDEX] = IGNORE_INDEX
+    out = model(**inputs(), labels=labels, reduction=plan, logits_to_keep="targets")
+    assert out.loss.device.type == "meta"
+    assert out.loss.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
