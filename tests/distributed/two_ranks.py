@@ -5,6 +5,7 @@ And the recipe that the ranks and the single process train alike.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -31,14 +32,16 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.jobs = folder, 0
-        # One launch at a time: the ranks fill both cores, and DeepSpeed builds its operators once.
-        # In the user's own folder a lock that a killed build has left would hang the job.
+        # DeepSpeed builds its operators once. In the user's own folder a lock that a killed build has
+        # left would hang the job; here the first launch removes it, when nobody else builds.
         build = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}"
         build.mkdir(exist_ok=True)
-        self.alone = (build / ".one-launch").open("w")
-        fcntl.flock(self.alone, fcntl.LOCK_EX)
-        for lock in build.glob("**/lock"):
-            lock.unlink()
+        self.builds = (build / ".launches").open("w")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self.builds, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for lock in build.glob("**/lock"):
+                lock.unlink()
+        fcntl.flock(self.builds, fcntl.LOCK_SH)
         beside = Path(sys.executable).parent
         environment = {
             **os.environ,
@@ -104,7 +107,7 @@ class Ranks:
             self.process.terminate()
             self.process.wait()
         self.output.close()
-        self.alone.close()
+        self.builds.close()
 
 
 def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
