@@ -8,7 +8,8 @@ from the checkpoint's config; a batch travels as one `TokenSequence`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,10 +142,25 @@ class LlavaMetaModel:
             raise ValueError(
                 f"adapter {path} holds projector keys {sorted(projector)}; needed: {sorted(wanted)}"
             )
-        self.mm_projector.load_state_dict(projector)
         newline = [v for k, v in weights.items() if k.endswith("image_newline")]
-        if newline and getattr(self, "image_newline", None) is not None:
-            self.image_newline.data.copy_(newline[0])
+        own = getattr(self, "image_newline", None)
+        with _writable([*self.mm_projector.parameters(), *([] if own is None else [own])]):
+            self.mm_projector.load_state_dict(projector)
+            if newline and own is not None:
+                own.data.copy_(newline[0])
+
+
+@contextlib.contextmanager
+def _writable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block parameters that ZeRO-3 has split are whole; what rank 0 writes is kept."""
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(split, modifier_rank=0):
+        yield
 
 
 class LlavaMetaForCausalLM:

@@ -32,8 +32,8 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.jobs = folder, 0
-        # DeepSpeed builds its operators once. In the user's own folder a lock that a killed build has
-        # left would hang the job; here the first launch removes it, when nobody else builds.
+        # DeepSpeed builds its operators once. In the user's own folder a lock that a killed build
+        # has left would hang the job; here the first launch removes it, when nobody else builds.
         build = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}"
         build.mkdir(exist_ok=True)
         self.builds = (build / ".launches").open("w")
@@ -113,8 +113,9 @@ class Ranks:
 def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of a run in which a rank's batch is one sample. SGD: an error of a gradient's size
     shows, which Adam's first steps would hide."""
+    flags = dict(flags)
     return {
-        "model_name_or_path": folder / "base",
+        "model_name_or_path": folder / flags.pop("model_name_or_path", "base"),
         "pretrain_mm_mlp_adapter": folder / "mm_projector.bin",
         "per_device_train_batch_size": 1,
         "max_steps": STEPS,
@@ -126,14 +127,15 @@ def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What a run has saved: the projector's file, LoRA's two, or the whole model's."""
+    """What a run has saved: the projector's file, LoRA's two, or the whole model's. Without the
+    tower's level `vision_model.`, which transformers writes or not by how it read the base."""
     found: dict[str, torch.Tensor] = {}
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
             found |= load_file(file)
         elif file.name in ("mm_projector.bin", "non_lora_trainables.bin"):
             found |= torch.load(file, weights_only=True)
-    return found
+    return {name.replace("vision_model.", ""): value for name, value in found.items()}
 
 
 def need_deepspeed() -> None:
