@@ -11,6 +11,7 @@ os.environ.setdefault("LLAVA_PROGRESS", "0")
 
 import pytest
 import torch
+from PIL import ImageFile
 
 from llava.utils import set_seed
 
@@ -20,6 +21,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     set_seed(0)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # packages that tests import turn it on for all
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

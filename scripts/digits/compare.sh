@@ -14,6 +14,7 @@
 #   none         without dropping
 #   pyramiddrop  with the plan that llava-digits-pdrop ships with ($LAYERS, $RATIOS)
 # Both answer with both plans. Runs that are done are skipped, an interrupted one resumes.
+# COMPARISONS=learn runs one of the two.
 # The tables: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -53,7 +54,7 @@ if [ ! -f "$WORK/none/questions/train_summary.json" ]; then
 fi
 "$PYTHON" -m llava.digits.build --out "$DATA" --seed 0 --parts eval
 BATCH=$((2 * BATCH))
-for what in adapt learn; do
+for what in ${COMPARISONS:-adapt learn}; do
   for seed in $SEEDS; do
     for name in none pyramiddrop; do
       arm "$what" "$seed" "$name"

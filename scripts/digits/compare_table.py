@@ -188,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = flags.parse_args(argv).folder
     parts = []
     for each, words in PARTS.items():
+        if not (folder / each).is_dir():
+            continue
         seeds, rows = read_all(folder / each)
         title = f"{words}; seeds {', '.join(map(str, seeds))}"
         parts += [[title], accuracy_table(rows), gain_table(rows)]

@@ -25,7 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3": {"deepspeed": "scripts/zero3.json", **CUTS},
     "fsdp2": {"fsdp": "full_shard", **CUTS},
     "zero3, projector": {"deepspeed": "scripts/zero3.json", "tune_mm_mlp_adapter": True},
-    "fsdp2, projector": {"fsdp": "full_shard", "tune_mm_mlp_adapter": True},
     "zero2, LoRA": {"deepspeed": "scripts/zero2.json", **LORA},
 }
 RUN = {

@@ -76,5 +76,5 @@ def test_a_rank_that_cannot_write_ends_both_before_the_first_step(
     kill = {"step": 0, "where": "unwritable", "rank": 1}
     codes = ranks.codes(command(**flags_of(start, "ddp"), output_dir=tmp_path), kill=kill)
     assert codes == [2, 2]
-    assert ranks.logs().count("(rank 1): PermissionError") == 2
+    assert "".join(ranks.logs()).count("(rank 1): PermissionError") == 2
     assert not list(tmp_path.iterdir())

@@ -339,14 +339,3 @@ def test_smoke_run_makes_both_checkpoints(tmp_path: Path) -> None:
         ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=60
     )
     assert again.stdout.count("is complete") == 2
-    compared = subprocess.run(
-        ["bash", str(COMPARE)], env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert compared.returncode == 0, compared.stderr[-2000:]
-    assert compared.stdout.count("stage ") == 0, "a run was taken for another"
-    for title in (
-        "knows the questions; seeds 0, 1",
-        "learns the questions; seeds",
-        "| CPU ms a step |",
-    ):
-        assert title in compared.stdout
