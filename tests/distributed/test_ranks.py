@@ -1,6 +1,6 @@
 """Two gloo ranks give the single process's losses and weights, however the work is split.
 
-A rank's batch is one sample (one to three under a token budget), so that in most steps one rank has
+A rank's batch is one sample (two or three under a token budget), so that in most steps one rank has
 a picture and the other text alone, or another number of them: a rank that skipped a call would hang
 the job here. SGD in float32; the single process accumulates the two batches that the ranks share
 out.
@@ -16,7 +16,8 @@ import pytest
 import torch
 from two_ranks import ROOT, Ranks, command, losses, need_deepspeed, recipe, weights
 
-from llava.train.train import main
+from llava.train.arguments import parse_args
+from llava.train.train import main, make_trainer
 
 CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,8 +33,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dual_speed": 0.3,
         "loss_mean": "tokens",
     },
-    # Batches of 1 to 3 samples; a step is the same two of them, on two ranks or accumulated.
-    "token budget": {**CUTS, "packed": True, "token_budget": 20},
+    # One rank has two texts and the other three pictures, in every step.
+    "uneven": {**CUTS, "packed": True, "token_budget": 40, "data_path": "uneven.json"},
     "LoRA": {**CUTS, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.0},
     # Its projector is split while the base is read, then overwritten from a file.
     "LLaVA base": {**CUTS, "model_name_or_path": "first"},
@@ -47,11 +48,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": {"fsdp": "full_shard"},
 }
 RUNS = {
-    "ddp": ("none", "cuts", "token budget"),
+    "ddp": ("none", "cuts", "uneven"),
     "zero2": ("none", "cuts", "LoRA"),
     # Split weights: whatever touches a weight outside its unit's call fails.
     "zero3": tuple(RECIPES),
-    "zero3, leaves": ("token budget",),
+    "zero3, leaves": ("uneven",),
     "fsdp2": tuple(name for name in RECIPES if name != "LLaVA base"),
 }
 """What each engine runs: the same code paths twice would tell nothing new."""
@@ -94,6 +95,16 @@ def test_ranks_learn_what_one_process_learns(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_uneven_step_is_two_texts_and_three_pictures(start: Path, tmp_path: Path) -> None:
+    flags = {**recipe(start, RECIPES["uneven"]), "data_cache_dir": tmp_path}
+    arguments = parse_args(command(**flags, output_dir=tmp_path, gradient_accumulation_steps=2))
+    trainer, _ = make_trainer(*arguments)
+    trainer.get_train_dataloader()
+    for epoch in range(3):
+        trainer.train_order.set_epoch(epoch)
+        assert sorted(map(sorted, trainer.train_order)) == [[0, 1], [2, 3, 4]]
 
 
 @pytest.mark.slow

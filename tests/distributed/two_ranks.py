@@ -121,7 +121,7 @@ def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
         "max_steps": STEPS,
         "optim": "sgd",
         "use_cpu": True,
-        **pictures(folder),
+        **pictures(folder, flags.pop("data_path", "mixed.json")),
         **flags,
     }
 

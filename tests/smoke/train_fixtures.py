@@ -54,7 +54,8 @@ def write_config(folder: Path) -> None:
 
 
 def write_data(folder: Path, n: int = 8) -> None:
-    """`mixed.json` (none, one and two pictures), `captions.json`, `text.jsonl` and pictures."""
+    """`mixed.json` (none, one and two pictures), `captions.json`, `text.jsonl`, `uneven.json` (two
+    long texts of 20 tokens, three pictures of 13) and pictures."""
     (folder / "images").mkdir(parents=True)
     for colour in COLOURS:
         Image.new("RGB", (SIDE, SIDE), colour).save(folder / "images" / f"{colour}.png")
@@ -76,6 +77,11 @@ def write_data(folder: Path, n: int = 8) -> None:
                        "<image> is <image> what colour", f"{first} {second}"),
             )[i % 3]
         )  # fmt: skip
+    uneven = [record(i, None, " ".join(["what is this"] * 5), COLOURS[i]) for i in range(2)]
+    uneven += [
+        record(i, f"{c}.png", "<image>\nwhat colour is it", c) for i, c in enumerate(COLOURS[:3])
+    ]
+    (folder / "uneven.json").write_text(json.dumps(uneven))
     (folder / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in text))
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "mixed.json").write_text(json.dumps(mixed))
