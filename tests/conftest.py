@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +18,9 @@ from PIL import ImageFile
 from llava.utils import set_seed
 
 torch.set_num_threads(1)
+# DeepSpeed's operators are built once for all tests.
+BUILD = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(BUILD))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ class Ranks:
         self.folder, self.jobs = folder, 0
         # DeepSpeed builds its operators once. In the user's own folder a lock that a killed build
         # has left would hang the job; here the first launch removes it, when nobody else builds.
-        build = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}"
-        build.mkdir(exist_ok=True)
+        build = Path(os.environ["TORCH_EXTENSIONS_DIR"])  # tests/conftest.py
+        build.mkdir(parents=True, exist_ok=True)
         self.builds = (build / ".launches").open("w")
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self.builds, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +46,6 @@ class Ranks:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
-            "TORCH_EXTENSIONS_DIR": str(build),
             "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}",
         }
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
