@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import hashlib
 import json
 import logging
 import os
@@ -166,6 +167,20 @@ def json_dump(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 # ----------------------------------------------------------------------------- runs
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a value's JSON text, in hex; dictionaries in the order they have."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def set_seed(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators (numpy and torch if installed)."""
     random.seed(seed)

@@ -26,7 +26,6 @@ from llava.eval.flags import (
 from llava.eval.questions import (
     Question,
     check_images_exist,
-    file_sha256,
     first,
     get_chunk,
     read_questions,
@@ -34,7 +33,7 @@ from llava.eval.questions import (
 from llava.eval.run_folder import RunFolder
 from llava.eval.throughput import format_line
 from llava.reduction.flags import plan_for_model, plan_from_args
-from llava.utils import Ranks, get_logger, user_errors
+from llava.utils import Ranks, file_sha256, get_logger, user_errors
 
 log = get_logger(__name__)
 

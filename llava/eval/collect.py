@@ -19,7 +19,7 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.paper_tables import Printed, papers_average, printed
 from llava.eval.published import PUBLISHED, Published, published_for
 from llava.eval.questions import read_json_lines
-from llava.eval.run_folder import config_hash
+from llava.eval.run_folder import config_hash, read_object
 from llava.reduction import ReductionPlan
 
 SPEED_KEYS = ("questions", "questions_per_second", "first_token_ms", "seconds", "tera_flops")
@@ -129,7 +129,7 @@ def collect(paths: Iterable[str | Path]) -> Collected:
 def read_run(folder: Path) -> Run | None:
     """A run's folder; None while answers are missing. ValueError, naming it, for one that does not
     agree with itself."""
-    run = _object(folder / "run.json")
+    run = read_object(folder / "run.json")
     hashed = run.get("hashed")
     if not isinstance(hashed, list) or "run_id" not in run:
         raise ValueError(f"{folder}: run.json names no settings; an older version wrote it")
@@ -166,21 +166,11 @@ def _read_kept(path: Path, run: Mapping[str, Any]) -> tuple[tuple[int, float], .
 
 
 def _read_scores(path: Path) -> dict[str, Any]:
-    scores = _object(path)
+    scores = read_object(path)
     lacking = [key for key in SCORE_KEYS if key not in scores]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}; make it with `llava score`")
     return {key: value for key, value in scores.items() if key != "per_item"}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a JSON object is needed")
-    return found
 
 
 # ----------------------------------------------------------------------------- groups, names
@@ -301,7 +291,7 @@ def published_of(run: Run) -> Published | None:
     config = Path(str(run.run["model_path"])) / "config.json"
     if not config.is_file():
         return next((each for each in PUBLISHED if each.name == run.run["model_path"]), None)
-    content = _object(config)
+    content = read_object(config)
     needed = ("model_type", "num_hidden_layers", "hidden_size")
     return published_for(SimpleNamespace(**content)) if all(k in content for k in needed) else None
 

@@ -103,11 +103,6 @@ def _question(record: dict[str, Any], where: str, name: str, place: int) -> Ques
     )
 
 
-def file_sha256(path: str | Path) -> str:
-    """What a run remembers of its question file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def check_images_exist(questions: Iterable[Question], image_folder: str | Path) -> None:
     """FileNotFoundError that names the first missing pictures, before a long run starts."""
     folder = Path(image_folder)

@@ -31,13 +31,13 @@ from llava.eval.flags import (
     load_from_flags,
     model_settings,
 )
-from llava.eval.questions import check_images_exist, file_sha256
+from llava.eval.questions import check_images_exist
 from llava.eval.run_folder import Record, RunFolder, config_hash
 from llava.eval.scorers import Scores, join_answers
 from llava.eval.submit import export_answers
 from llava.eval.throughput import format_line
 from llava.reduction.flags import plan_for_model, plan_from_args
-from llava.utils import Ranks, environment, get_logger, json_dump, user_errors
+from llava.utils import Ranks, environment, file_sha256, get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
 

@@ -90,7 +90,7 @@ class RunFolder:
         path = Path(path)
         if not (path / "run.json").is_file():
             raise ValueError(f"{path} is not the folder of a run: run.json is missing")
-        run = _read_object(path / "run.json")
+        run = read_object(path / "run.json")
         return cls(path, {key: run[key] for key in run.get("hashed", ())})
 
     @property
@@ -111,7 +111,7 @@ class RunFolder:
         plan = {"v": VERSION, "uids": list(uids), "batches": groups}
         self.check()
         if (self.shards / "plan.json").is_file():
-            if _read_object(self.shards / "plan.json") != plan:
+            if read_object(self.shards / "plan.json") != plan:
                 raise ValueError(
                     f"{self.path} holds a run over other questions or batches; give another folder"
                 )
@@ -132,7 +132,7 @@ class RunFolder:
             with contextlib.suppress(FileExistsError):  # another process was first
                 os.link(own, path)
             own.unlink()
-        return int(_read_object(path)["batch_size"])
+        return int(read_object(path)["batch_size"])
 
     def check(self) -> None:
         """ValueError when the folder holds a run with other settings, naming what differs."""
@@ -155,7 +155,7 @@ class RunFolder:
 
     def _run(self) -> dict[str, Any]:
         path = self.path / "run.json"
-        return _read_object(path) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def _write_run(self, attempts: list[Any], notes: Mapping[str, Any]) -> None:
         run = {
@@ -180,7 +180,7 @@ class RunFolder:
         own = self._run().get("environment", {})
         wanted = json.loads(json.dumps({**self.settings, "plan": "none"}))
         for path in sorted(self.path.parent.glob("*/run.json")):
-            run = _read_object(path)
+            run = read_object(path)
             same = all(run.get(key) == value for key, value in wanted.items())
             there = run.get("environment", {})
             if same and "speed" in run and all(there.get(k) == own.get(k) for k in ("cpu", "gpu")):
@@ -234,7 +234,7 @@ class RunFolder:
         path = self.shards / "plan.json"
         if not path.is_file():
             raise ValueError(f"{self.path} is not the folder of a run: {path} is missing")
-        return _read_object(path)
+        return read_object(path)
 
     def _batches(self) -> Iterable[tuple[int, list[Record]]]:
         """(number, records) of all whole batches in all shards, without our bookkeeping."""
@@ -305,7 +305,8 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object. ValueError, naming the file, for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

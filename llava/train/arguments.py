@@ -20,7 +20,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import transformers
@@ -433,8 +433,16 @@ def _wandb_ready() -> bool:
         return False
 
 
+T = TypeVar("T")
+
+
 class _Parser(HfArgumentParser):
-    """Complains with a ValueError instead of printing 400 lines of usage."""
+    """Takes old flags for what they are called today (`legacy_flags`), and complains with a
+    ValueError instead of printing 400 lines of usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = legacy_flags.translate(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists all flags)")
@@ -450,6 +458,12 @@ def build_parser() -> HfArgumentParser:
     )
 
 
+def group_of(group: type[T], flags: Any) -> T:
+    """One of the argument groups from the parser's namespace, for what needs no more of a run."""
+    names = [each.name for each in dataclasses.fields(group)]  # type: ignore[arg-type]
+    return group(**{name: getattr(flags, name) for name in names})
+
+
 def parse_args(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -458,7 +472,7 @@ def parse_args(
     Raises ValueError for unknown flags and values that do not fit.
     """
     model, data, training, unknown = build_parser().parse_args_into_dataclasses(
-        args=legacy_flags.translate(sys.argv[1:] if argv is None else argv),
+        args=None if argv is None else list(argv),
         return_remaining_strings=True,
         look_for_args_file=False,
     )

@@ -41,7 +41,7 @@ from torch.optim import optimizer as torch_optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llava.reduction.plan import resolve_plan
-from llava.train.arguments import ModelArguments, build_parser, parse_args
+from llava.train.arguments import ModelArguments, build_parser, group_of, parse_args
 from llava.train.safety import EXIT_PREEMPTED, STOP_SIGNALS, RunStopped
 from llava.train.setup import read_config
 from llava.train.telemetry import Meter, Work
@@ -443,7 +443,7 @@ def run_without_plan(argv: Sequence[str]) -> None:
 def _nothing_to_compare(flags: Any) -> str | None:
     if flags.dry_run_data:
         return "no step is made"
-    model_args = ModelArguments(**{f.name: getattr(flags, f.name) for f in fields(ModelArguments)})
+    model_args = group_of(ModelArguments, flags)
     config = SimpleNamespace(**read_config(model_args)[1])
     if not resolve_plan(model_args.plan(), config)[0]:
         return "the run has no plan, there is nothing to compare it with"

@@ -45,7 +45,13 @@ from llava.model.builder import FAMILIES, config_object
 from llava.model.multimodal_encoder.builder import tower_structure
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
-from llava.train.arguments import DataArguments, ModelArguments, build_parser, parse_pinpoints
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    build_parser,
+    group_of,
+    parse_pinpoints,
+)
 from llava.train.fsdp import fsdp_settings
 from llava.train.parts import part_of
 from llava.train.setup import (
@@ -137,14 +143,11 @@ def read_command(argv: Sequence[str], ranks: int) -> Command:
     flags, unknown = build_parser().parse_known_args(list(argv))
     if unknown:
         raise ValueError(f"unknown flag(s): {' '.join(unknown)} (--help lists all flags)")
-    groups = []
-    for group in (ModelArguments, DataArguments):
-        names = [each.name for each in dataclasses.fields(group)]
-        groups.append(group(**{name: getattr(flags, name) for name in names}))
-    if (groups[0].model_name_or_path is None) == (groups[0].init_from_config is None):
+    model, data = group_of(ModelArguments, flags), group_of(DataArguments, flags)
+    if (model.model_name_or_path is None) == (model.init_from_config is None):
         raise ValueError("give one of --model_name_or_path and --init_from_config")
-    check_plan(groups[0])
-    return Command(groups[0], groups[1], flags, Engine.of(flags, ranks))
+    check_plan(model)
+    return Command(model, data, flags, Engine.of(flags, ranks))
 
 
 def build_model(command: Command) -> Any:

@@ -19,7 +19,6 @@ A file holds ``{"id", "image": path or [paths] (optional), "conversations": [{"f
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava.utils import atomic_write, get_logger
+from llava.utils import atomic_write, file_sha256, get_logger, json_sha256
 
 logger = get_logger(__name__)
 
@@ -239,15 +238,6 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------ caching
 def cache_folder(named: str | os.PathLike[str] | None = None) -> Path:
     """Where Arrow files and token counts go: `named`, else ``llava`` in the cache of `datasets`
@@ -373,7 +363,7 @@ class Records(Sequence[dict[str, Any]]):
         tables, rows, folders, hashes = [], [], [], []
         sources = parse_sources(spec)
         for number, source in enumerate(sources):
-            content = file_hash(source.path)
+            content = file_sha256(source.path)
             if source.path.stat().st_size <= small:
                 table = _Table.in_memory(read_rows(source.path))
             else:
@@ -386,7 +376,9 @@ class Records(Sequence[dict[str, Any]]):
             folders.append(source.image_folder)
             fraction = source.weight != int(source.weight)
             hashes.append([content, source.weight, seed if fraction else None])
-        whole = hashes[0][0] if len(sources) == 1 and sources[0].weight == 1 else _digest(hashes)
+        whole = (
+            hashes[0][0] if len(sources) == 1 and sources[0].weight == 1 else json_sha256(hashes)
+        )
         return cls(tables, [str(source.path) for source in sources], rows, whole, folders)
 
     @classmethod
@@ -395,7 +387,9 @@ class Records(Sequence[dict[str, Any]]):
         texts = [json.dumps(record, ensure_ascii=False) for record in records]
         pairs = enumerate(zip(texts, records, strict=True))
         rows = [Row.of(text, own, f"{name}, record {number}") for number, (text, own) in pairs]
-        return cls([_Table.in_memory(iter(rows))], [name], [np.arange(len(rows))], _digest(texts))
+        return cls(
+            [_Table.in_memory(iter(rows))], [name], [np.arange(len(rows))], json_sha256(texts)
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -445,7 +439,7 @@ class Records(Sequence[dict[str, Any]]):
             rows[source] = here[~np.isin(here, numbers)]
         if not sum(map(len, rows)):
             raise ValueError("not one sample is left")
-        whole = _digest([self.data_hash, left_out])
+        whole = json_sha256([self.data_hash, left_out])
         return Records(self._tables, self._names, rows, whole, self._folders)
 
     def without_listed(self, path: str | os.PathLike[str]) -> Records:
@@ -478,7 +472,3 @@ def draw(size: int, weight: float, seed: Sequence[int]) -> np.ndarray:
     extra = round((weight - whole) * size)
     drawn = np.sort(np.random.default_rng([abs(part) for part in seed]).permutation(size)[:extra])
     return np.concatenate([np.tile(np.arange(size), whole), drawn])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -15,16 +15,15 @@ tests/data/pyramiddrop``.
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+from llava.utils import json_sha256
 
 LOOK_AHEAD = 512
 """Samples among which the ones that fill a batch are looked for."""
@@ -96,7 +95,7 @@ class EpochSeeded(Sampler[int]):
 
     def order_hash(self) -> str:
         """SHA-256 of the first epoch's order."""
-        return _hash(self.epoch_order(0))
+        return json_sha256(self.epoch_order(0))
 
 
 def by_chance(size: int, generator: torch.Generator) -> list[int]:
@@ -164,7 +163,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
 
     def order_hash(self) -> str:
         """SHA-256 of the first epoch's batches."""
-        return _hash([self.groups[group] for group in self.sampler.epoch_order(0)])
+        return json_sha256([self.groups[group] for group in self.sampler.epoch_order(0)])
 
     def summary(self) -> str:
         """A line about how full the batches are."""
@@ -253,10 +252,6 @@ def complete_groups(
         else:
             batches.append(list(batches[repeated]))
             repeated += 1
-
-
-def _hash(order: Any) -> str:
-    return hashlib.sha256(json.dumps(order).encode()).hexdigest()
 
 
 def by_length(

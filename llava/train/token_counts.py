@@ -10,7 +10,6 @@ tokenizer, the template and the picture settings.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.train.dataset import LazySupervisedDataset
 from llava.train.records import cache_folder, one_at_a_time
-from llava.utils import atomic_write, get_logger, progress
+from llava.utils import atomic_write, get_logger, json_sha256, progress
 
 logger = get_logger(__name__)
 
@@ -138,7 +137,7 @@ def _fingerprint(dataset: LazySupervisedDataset) -> str:
             "crop": str(reader.image_processor.crop_size),
             "folders": [folder and str(Path(folder).resolve()) for folder in folders],
         }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json_sha256(facts)
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

@@ -252,6 +252,8 @@ def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, 
     total = found.total("usual").device
     assert total == sum(row.device for row in [*found.rows, *found.batches["usual"]])
     assert json.loads(json.dumps(found.to_dict()))["total"]["usual"]["device"] == total
+    renamed = read_command([*words(files), "--per_gpu_train_batch_size", "3"], 2)
+    assert renamed.flags.per_device_train_batch_size == 3
     for line, text in (
         ([*words(files), "--no_such_flag", "1"], "no_such_flag"),
         (words(files, model_max_length=4), "do not fit --model_max_length"),

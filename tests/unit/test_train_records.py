@@ -12,6 +12,7 @@ import pytest
 
 from llava.train import records as module
 from llava.train.records import Records, Source, parse_sources
+from llava.utils import file_sha256
 
 
 def sample(ident: str, words: int = 2, image=None, **more) -> dict:
@@ -54,7 +55,7 @@ def test_every_form_holds_the_same_samples(tmp_path, name, small):
     assert found.words.tolist() == [5, 8, 4, 6, 0]
     assert found.pictured.tolist() == [False, True, True, False, False]
     assert found.place(3) == (path, 3, 0)
-    assert found.data_hash == module.file_hash(tmp_path / name)
+    assert found.data_hash == file_sha256(tmp_path / name)
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == (small == 0)
     with pytest.raises(IndexError):
         found[5]
