@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava.utils import progress
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def interleave(
-    regions: Mapping[str, Region], clock: Clock, repeats: int, warmup: int = 1
+    regions: Mapping[str, Region], clock: Clock, repeats: int, warmup: int = 1, desc: str = ""
 ) -> dict[str, Series]:
     """Run all regions in turn, the order reversed every time, and return each one's series.
 
     Args:
         repeats: timed runs of each region; ``warmup`` untimed ones come before.
+        desc: what a bar on stderr calls the turns, for regions that take seconds; "": no bar.
 
     Raises:
         ValueError: no run asked for, or no region.
@@ -120,7 +123,8 @@ def interleave(
         )
     names = list(regions)
     taken: dict[str, list[Sample]] = {name: [] for name in names}
-    for turn in range(-warmup, repeats):
+    turns: Iterable[int] = range(-warmup, repeats)
+    for turn in progress(turns, desc, warmup + repeats, unit="turn") if desc else turns:
         for name in names if turn % 2 == 0 else reversed(names):
             argument = regions[name].prepare()
             sample = clock.measure(regions[name].run, argument)

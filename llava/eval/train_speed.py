@@ -6,10 +6,10 @@ sample of text alone), and the step that users have today beside ours: transform
 run in turn in one process. A step is the decoder's forward, the loss and the backward into every
 weight and into the embeddings; tower, projector and optimiser are the same for all and stay out.
 The ideal counts FLOPs from the lengths that run (the causal half of the attention, padding where a
-step computes it, the head on the rows that get logits). Before anything is timed the losses without
-a plan are compared: different work is not timed.
+step computes it, the head on the rows that get logits). Before anything is timed every step runs
+once, as its warm-up, and the losses without a plan are compared: different work is not timed.
 
-    llava bench train --preset cpu-512 --threads 1 --json train.json      # 2 minutes on one core
+    llava bench train --preset cpu-512 --threads 1 --json train.json      # 4 minutes on one core
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llava.model.varlen_attention import VARLEN
 from llava.reduction import ReductionPlan, flops
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.sequence import Kind, Layout, TokenSequence
-from llava.timing import Clock, Region, Series, interleave
-from llava.utils import environment, json_dump, set_seed, user_errors
+from llava.timing import Clock, Region, interleave
+from llava.utils import environment, json_dump, progress, set_seed, user_errors
 
 SAMPLES = ((60, True), (320, True), (150, True), (210, False))
 """(text tokens, has a picture) of each sample of the batch."""
@@ -150,7 +150,8 @@ def steps(work: Workload, plan: ReductionPlan, checkpointing: bool = False) -> d
 def check_losses(found: dict[str, Step]) -> dict[str, float]:
     """Losses of one untimed run each. RuntimeError when those without a plan are not equal."""
     losses = {
-        name: float(step.region.run(step.region.prepare()).detach()) for name, step in found.items()
+        name: float(step.region.run(step.region.prepare()).detach())
+        for name, step in progress(found.items(), "five steps, losses", len(found), unit="step")
     }
     whole = [losses[name] for name in ("hf_padded_none", "padded_none", "packed_none")]
     if max(whole) - min(whole) > LOSS_TOLERANCE * max(whole):
@@ -169,7 +170,7 @@ def measure(
     found = steps(work, plan, checkpointing)
     losses = check_losses(found)
     regions = {name: step.region for name, step in found.items()}
-    series: dict[str, Series] = interleave(regions, Clock(work.device), repeats)
+    series = interleave(regions, Clock(work.device), repeats, warmup=0, desc="five steps, timed")
     result: dict[str, Any] = {"plan": str(plan), "losses": losses}
     result |= {f"{name}_ms": one.ms for name, one in series.items()}
     result["spread_ms"] = {name: list(one.spread) for name, one in series.items()}
@@ -223,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU), float16")
     parser.add_argument("--backend", default="sdpa", help="attention: sdpa, flash_attention_2")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs a side (default 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a step (default 3)")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="compute layers twice, keep less"
     )
