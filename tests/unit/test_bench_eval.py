@@ -1,4 +1,4 @@
-"""`llava bench eval`: its figures, and what sharing must save."""
+"""`llava bench eval`: its figures, and what sharing saves, counted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import pytest
 import torch
 from places import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava.digits.build import build_eval
 from llava.eval import bench_eval
+from llava.eval.benchmarks import load_benchmark
 from llava.eval.speed import build_workload
 from llava.eval.speed import main as llava_bench
-from llava.reduction import flops
-from llava.utils import set_seed
+from llava.model.builder import load_pretrained_model
+from llava.reduction import ReductionPlan, flops
+from llava.utils import quiet, set_seed
 
 
 @pytest.fixture(scope="module")
@@ -23,37 +26,73 @@ def data_root(tmp_path_factory):
     return out / "eval"
 
 
-def test_picture_by_picture_beats_one_question_at_a_time(data_root, tmp_path, capsys):
-    """At least four times the questions a second, without a plan and with PyramidDrop."""
+def test_picture_by_picture_runs_the_decoder_less(data_root):
+    """The same answers from at most a quarter of the decoder's runs, without a plan and with."""
+    each = load_benchmark("digits_pope", data_root, 36)
+    with quiet():
+        tokenizer, model, processor, _ = load_pretrained_model(
+            str(ROOT / "checkpoints" / "llava-digits"), device="cpu", dtype=torch.float32
+        )
+    calls = []
+    model.get_model().norm.register_forward_hook(lambda *_: calls.append(1))
+    for plan in bench_eval.RUN_PLANS:
+        regions, answers = bench_eval.run_regions((tokenizer, model, processor), each, plan)
+        count = {}
+        for name, region in regions.items():
+            calls.clear()
+            region.run(region.prepare())
+            count[name] = len(calls)
+        assert len(answers["one"]) == 36
+        assert answers["one"] == answers["together"]
+        assert 4 * count["together"] <= count["one"]
+
+
+def test_the_command_prints_both_ways(data_root, tmp_path, capsys):
     out = tmp_path / "bench.json"
     llava_bench([
-        "eval", "--data-root", str(data_root), "--pictures", "2", "--repeats", "2",
+        "eval", "--data-root", str(data_root), "--pictures", "1", "--repeats", "1",
         "--model-path", str(ROOT / "checkpoints" / "llava-digits"), "--parts", "run",
         "--json", str(out),
     ])  # fmt: skip
     result = json.loads(out.read_text())
     assert [row["plan"].split(":")[0] for row in result["run"]] == ["none", "pyramiddrop"]
     for row in result["run"]:
-        assert row["questions"] == 36
-        assert row["speedup"] >= 4
+        assert row["questions"] == 18
+        measured = row["together_per_second"] / row["one_per_second"]
+        assert row["speedup"] == pytest.approx(measured)
     assert "prefill" not in result
     assert "one at a time" in capsys.readouterr().out
 
 
-def test_sharing_makes_the_prefill_faster():
-    """Nine questions at `cpu-512` size: 3.5 times without a plan, 1.5 times with PyramidDrop."""
-    torch.set_num_threads(1)
+def test_sharing_computes_what_its_ideal_says():
+    """Matrix products of both ways, counted by torch as the layers run; nine questions."""
+    set_seed(0)
+    preset = flops.get_preset("tiny")
+    work = build_workload(preset, batch=1)
+    prompts = bench_eval.Prompts(work, preset, 9)
+    prompts.tails = [tail[:20] for tail in prompts.tails]  # no padding on either side
+    for text, layers in (("none", 6), (preset.plan, 2)):
+        plan = ReductionPlan.parse(text)
+        assert plan.shared_depth(work.shape.layers) == layers
+        done = {}
+        for name, region in bench_eval.prefill_regions(prompts, plan).items():
+            with FlopCounterMode(display=False) as counter:
+                region.run(region.prepare())
+            done[name] = counter.get_total_flops()
+        ideal = bench_eval.ideal_sharing(prompts, plan)
+        assert done["whole"] / done["shared"] == pytest.approx(ideal, rel=0.05)
+
+
+def test_what_sharing_can_save_at_a_real_size():
+    """Nine questions at `cpu-512`: the ideals, from the lengths of the prompts."""
     set_seed(0)
     preset = flops.get_preset("cpu-512")
-    work = build_workload(preset, batch=1)
-    plans = ("none", preset.plan)
-    none, plan = bench_eval.measure_prefill(work, preset, plans, 9, 1, warmup=0)
-    assert none["speedup"] >= 3.5
-    assert plan["speedup"] >= 1.5
-    assert (none["shared_layers"], plan["shared_layers"]) == (16, 4)
-    # With this many questions, what drops by the question is slower than no plan: it shares less.
-    assert plan["shared_ms"] > none["shared_ms"]
-    assert plan["whole_ms"] < none["whole_ms"]
+    prompts = bench_eval.Prompts(build_workload(preset, batch=1), preset, 9)
+    none, plan = (ReductionPlan.parse(text) for text in ("none", preset.plan))
+    assert bench_eval.ideal_sharing(prompts, none) > 6
+    assert 1.6 < bench_eval.ideal_sharing(prompts, plan) < 2
+    with pytest.raises(ValueError, match="questions"):
+        bench_eval.check_flags(bench_eval.build_parser().parse_args(["--questions", "0"]))
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,7 @@ def test_rounding_differs_where_the_library_says():
 
 @pytest.mark.parametrize("rounding", ["llava", "transformers"])
 def test_token_grid_equals_unpadding_a_tensor(rounding):
-    """Counts from the host against slicing a field, by LLaVA's text and by the library's function.
-    """
+    """Counts from the host against slicing a field, by LLaVA's text and by the library."""
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
     rng = random.Random(0)
