@@ -180,13 +180,14 @@ constraints_for_torch() {
   "$PY" -c 'import torch; print("torch==" + torch.__version__)'
 }
 
-visible_gpus() {
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+# How many GPUs are to be seen here: those of CUDA_VISIBLE_DEVICES where it is set, be it empty or -1.
+gpus_here() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv -e '^$' -e '^-' || true
   elif has_gpu; then
     nvidia-smi -L | grep -c GPU
   else
-    echo 1
+    echo 0
   fi
 }
 
@@ -199,7 +200,7 @@ launch() {
     run "${starter[@]}" "$PY" -m "$@"
     return
   fi
-  [ -n "$processes" ] || processes=$(visible_gpus)
+  [ -n "$processes" ] || processes=$(gpus_here)
   if [ -n "${SLURM_PROCID:-}" ] || [ "$processes" -le 1 ]; then
     run "$PY" -m "$@"
   else

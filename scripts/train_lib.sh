@@ -47,20 +47,23 @@ plan_suffix() {
   [ "$plan" = none ] || printf -- '-%s' "${plan/#pyramiddrop/pdrop}"
 }
 
-gpus_here() {
-  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv -e '^$' -e '^-' || true
-  elif has_gpu; then
-    nvidia-smi -L | grep -c GPU
-  else
-    echo 0
-  fi
+# stage_2_of_1_5 [ENDING]: what LLaVA-1.5's second stage starts from and where it goes, for SIZE 7b or
+# 13b; ENDING is that of the output folder's name.
+stage_2_of_1_5() {
+  default SIZE 7b
+  one_of SIZE 7b 13b
+  default MODEL "lmsys/vicuna-$SIZE-v1.5"
+  default PROJECTOR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)-pretrain/mm_projector.bin"
+  default DATA_PATH ./playground/data/llava_v1_5_mix665k.json
+  default IMAGE_FOLDER ./playground/data
+  default OUTPUT_DIR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)${1:-}"
 }
 
 # Sets LAUNCHER, GPUS, NNODES and WORLD (processes in all) from what was given and what is there.
 choose_launcher() {
   local there
   there=$(gpus_here)
+  [ -z "${GPUS:-}" ] || number GPUS
   [ "${ESTIMATE:-0}" = 0 ] || there=${GPUS:-$((there > 0 ? there : 8))}
   if [ "$LAUNCHER" = srun ]; then
     [ -n "${SLURM_NTASKS:-}" ] || die "LAUNCHER=srun outside of an allocation; see scripts/slurm"
@@ -70,7 +73,6 @@ choose_launcher() {
   else
     default NNODES 1
     default GPUS "$((there > 0 ? there : 1))"
-    number GPUS
     number NNODES
     ((there == 0 || GPUS <= there)) || die "GPUS=$GPUS, but $there are visible here"
     WORLD=$((GPUS * NNODES))
@@ -221,7 +223,7 @@ run_train() {
 VISION_TOWER=${VISION_TOWER:-}
 if [ "${SMOKE:-0}" = 1 ]; then
   default SMOKE_DIR "$ROOT/checkpoints/smoke/train"
-  SMOKE_NAME=${0#*scripts/}
+  SMOKE_NAME=${0##*scripts/}
   default MODEL "$SMOKE_DIR/model"
   default VISION_TOWER "$SMOKE_DIR/tower"
   default PROJECTOR "$SMOKE_DIR/mm_projector.bin"

@@ -70,9 +70,11 @@ case "$PLAN" in
     else
       shared
       echo "training llava-digits beside it: $WORK/none.log"
+      set -m  # a process group of its own, so that its Python ends with it
       plain >"$WORK/none.log" 2>&1 &
       other=$!
-      trap 'kill "$other" 2>/dev/null || true' EXIT
+      set +m
+      trap 'kill -- "-$other" 2>/dev/null || true' EXIT
       dropped
       wait "$other" || { tail -5 "$WORK/none.log" >&2; exit 1; }
     fi

@@ -2,7 +2,7 @@
 #
 #   train_job SCRIPT FLAGS...   runs a training script in the allocation, one srun task a GPU, and
 #                               puts the job back into the queue when a signal has stopped it
-source scripts/train_lib.sh
+source scripts/lib.sh
 
 train_job() {
   local code=0

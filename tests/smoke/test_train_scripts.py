@@ -304,6 +304,7 @@ def test_the_global_batch_stays_what_it_is(gpus: int, batch: str, expected, mach
         ),
         ("v1_5/pdrop_train/pretrain", {"NNODES": "2"}, "NODE_RANK"),
         ("v1_5/pdrop_train/pretrain", {"GLOBAL_BATCH": "many"}, "GLOBAL_BATCH=many"),
+        ("v1_5/pdrop_train/pretrain", {"GPUS": "few", "ESTIMATE": "1"}, "GPUS=few"),
         (
             "v1_5/pdrop_train/pretrain",
             {"GPUS": "3", "CUDA_VISIBLE_DEVICES": "0,1"},

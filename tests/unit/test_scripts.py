@@ -203,6 +203,67 @@ def test_evaluation_scripts_name_their_own_family(script: Path) -> None:
                 assert plan_for_model(args, own) is None
 
 
+@pytest.mark.parametrize(
+    ("visible", "processes"), [(None, 4), ("2,5", 2), ("", 1), ("-1", 1), ("7", 1)]
+)
+def test_evaluation_starts_a_process_for_each_gpu_it_may_see(
+    visible: str | None, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: CUDA_VISIBLE_DEVICES is not set."""
+    for name in ("CUDA_VISIBLE_DEVICES", "GPUS", "LAUNCHER", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU %d: stand-in\\n' 0 1 2 3\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    if visible is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = visible
+    (command,) = _dry_run(ROOT / "scripts" / "v1_5" / "pdrop_eval" / "pope.sh", **variables)
+    found = "1"
+    if "--nproc_per_node" in command:
+        found = command[command.index("--nproc_per_node") + 1]
+    assert int(found) == processes
+
+
+def test_a_digits_training_that_fails_takes_the_one_beside_it_along(tmp_path: Path) -> None:
+    """Two models are trained side by side: no process is left when one of them has ended badly."""
+    started = tmp_path / "started"
+    python = f"""#!/usr/bin/env bash
+case "$*" in
+  *"--reduction none"*) echo $$ >"{started}.new"; mv "{started}.new" "{started}"; exec sleep 60 ;;
+  *--layer_list*) until [ -f "{started}" ]; do sleep 0.05; done; exit 1 ;;
+esac
+"""
+    for name, text in {"python": python, "nproc": "#!/bin/sh\necho 2\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    result = subprocess.run(
+        ["bash", "scripts/digits/train.sh"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "PYTHON": str(tmp_path / "python"),
+            "WORK": str(work),
+            "OUT": str(tmp_path / "out"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end(int(started.read_text()))
+
+
+def _wait_for_the_end(process: int) -> None:
+    """ProcessLookupError once the process is gone, within five seconds."""
+    for _ in range(100):
+        os.kill(process, 0)
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def digits_as_official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits sets under the names of the benchmarks they imitate."""

@@ -8,13 +8,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../train_lib.sh"
 
-default SIZE 7b
-one_of SIZE 7b 13b
-default MODEL "lmsys/vicuna-$SIZE-v1.5"
-default PROJECTOR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)-pretrain/mm_projector.bin"
-default DATA_PATH ./playground/data/llava_v1_5_mix665k.json
-default IMAGE_FOLDER ./playground/data
-default OUTPUT_DIR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)"
+stage_2_of_1_5
 
 run_train 128 16 zero3 \
   --version v1 \
