@@ -10,7 +10,6 @@ A step is what the trainer does with a batch that is ready: forward, backward, c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llava.eval.run_folder import read_object
 from llava.reduction.plan import ReductionPlan
 from llava.timing import Clock, Region, interleave
 from llava.train.arguments import parse_args
@@ -30,16 +30,14 @@ FILE = "cost.json"
 
 
 def arms_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> train_summary.json of the arms that the first seed has, "none" among them.
-
-    ValueError when there are none.
-    """
+    """Name -> train_summary.json of the arms of seed 0, "none" among them; in both comparisons the
+    arms of a name have the same model, data and plan. ValueError when there are none."""
     found = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("learn/seed-0/*/train_summary.json"))
+        path.parent.name: read_object(path)
+        for path in sorted(folder.glob("*/seed-0/*/train_summary.json"))
     }
     if "none" not in found:
-        raise ValueError(f"{folder} holds no finished arm learn/seed-0/none; run compare.sh")
+        raise ValueError(f"{folder} holds no finished arm */seed-0/none; run compare.sh")
     return found
 
 

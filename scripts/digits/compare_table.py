@@ -12,7 +12,6 @@ the seeds (2 degrees of freedom) and every seed's difference stand beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,21 +20,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
+from llava.eval.run_folder import read_object
 from llava.eval.scorers.interval import Resampler, percentiles
 from llava.utils import user_errors
 
 PARTS = {
-    "adapt": "Stage 1 knows the questions",
-    "learn": "Stage 2 learns the questions",
+    "adapt": ("Stage 1 knows the questions, a short stage 2", ("pyramiddrop", "mild")),
+    "full": ("Stage 1 knows the questions, the whole stage 2", ("mild",)),
+    "learn": ("Stage 2 learns the questions", ("pyramiddrop",)),
 }
+"""Folder -> what it is, and the arms that are held against the one without dropping."""
+ARMS = {"none": "without dropping", "pyramiddrop": "PyramidDrop", "mild": "mild PyramidDrop"}
 SETS = ("vqav2", "gqa", "textvqa", "pope", "mme")
 REPLICATES = 4000
-ROWS = {
-    "none-with-none": ("without dropping", "all tokens"),
-    "none-with-pyramiddrop": ("without dropping", "PyramidDrop"),
-    "pyramiddrop-with-pyramiddrop": ("PyramidDrop", "PyramidDrop"),
-    "pyramiddrop-with-none": ("PyramidDrop", "all tokens"),
-}
 BASE = "none-with-none"
 
 
@@ -57,6 +54,19 @@ class Gain(NamedTuple):
     seeds: tuple[float, ...]
 
 
+def rows_of(plans: Sequence[str]) -> list[str]:
+    """Names of the rows, ARM-with-PLAN: the base, and three for each arm with a plan."""
+    return [BASE] + [
+        row for p in plans for row in (f"none-with-{p}", f"{p}-with-{p}", f"{p}-with-none")
+    ]
+
+
+def words_of(row: str) -> tuple[str, str]:
+    """What the first two columns say of a row."""
+    arm, plan = row.split("-with-")
+    return ARMS[arm], "all tokens" if plan == "none" else ARMS[plan]
+
+
 # ------------------------------------------------------------------------------------------ reading
 def read_row(folder: Path, name: str, seeds: Sequence[int]) -> dict[str, Scored]:
     """Set -> scores of one arm with one plan. ValueError when a run is missing or is over other
@@ -69,7 +79,7 @@ def read_row(folder: Path, name: str, seeds: Sequence[int]) -> dict[str, Scored]
             files = sorted(place.glob("*/scores.json"))
             if len(files) != 1:
                 raise ValueError(f"{place} holds {len(files)} scored runs; 1 is needed")
-            runs.append(json.loads(files[0].read_text(encoding="utf-8"))["per_item"])
+            runs.append(read_object(files[0])["per_item"])
         uids = {tuple(item["uid"] for item in run) for run in runs}
         if len(uids) != 1:
             raise ValueError(f"{name}, {each}: the seeds did not answer the same questions")
@@ -81,13 +91,15 @@ def read_row(folder: Path, name: str, seeds: Sequence[int]) -> dict[str, Scored]
     return found
 
 
-def read_all(folder: Path) -> tuple[tuple[int, ...], dict[str, dict[str, Scored]]]:
+def read_all(
+    folder: Path, plans: Sequence[str]
+) -> tuple[tuple[int, ...], dict[str, dict[str, Scored]]]:
     """Seeds and rows of one comparison. ValueError for what is missing."""
     seeds = tuple(sorted(int(path.name.split("-")[1]) for path in folder.glob("seed-*")))
     if len(seeds) < 2:
         raise ValueError(f"{folder} holds {len(seeds)} seeds; at least 2 are needed")
     rows = {}
-    for name in ROWS:
+    for name in rows_of(plans):
         rows[name] = read_row(folder, name, seeds)
         for each in SETS:
             if rows[name][each].uid != rows[BASE][each].uid:
@@ -131,7 +143,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, Scored]]) -> list[str]:
         cells = [100 * row[each].score_SI.mean(1) for each in SETS]
         cells.append(np.mean(cells, axis=0))
         shown = [f"{c.mean():.1f} ({c.min():.1f}-{c.max():.1f})" for c in cells]
-        lines.append(_line(*ROWS[name], *shown))
+        lines.append(_line(*words_of(name), *shown))
     return lines
 
 
@@ -147,7 +159,7 @@ def gain_table(rows: Mapping[str, Mapping[str, Scored]]) -> list[str]:
         seeds = found["mean"].seeds
         low, high = t_interval(seeds)
         each = ", ".join(f"{value:+.1f}" for value in seeds)
-        lines.append(_line(*ROWS[name], *cells, each, f"[{low:+.1f}, {high:+.1f}]"))
+        lines.append(_line(*words_of(name), *cells, each, f"[{low:+.1f}, {high:+.1f}]"))
     return lines
 
 
@@ -164,7 +176,7 @@ def cost_table(cost: Mapping[str, Any]) -> list[str]:
         low, high = arm["ms_of_none_range"]
         lines.append(
             _line(
-                ROWS[f"{name}-with-{name}"][0],
+                ARMS[name],
                 f"`{arm['plan']}`",
                 f"{arm['computed_tokens']:.0f} of {arm['tokens']:.0f}",
                 f"{arm['gflops']:.1f} ({arm['gflops'] / none['gflops']:.1%})",
@@ -187,15 +199,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("folder", type=Path, help="compare/ in the folder of the stages")
     folder = flags.parse_args(argv).folder
     parts = []
-    for each, words in PARTS.items():
+    for each, (words, plans) in PARTS.items():
         if not (folder / each).is_dir():
             continue
-        seeds, rows = read_all(folder / each)
+        seeds, rows = read_all(folder / each, plans)
         title = f"{words}; seeds {', '.join(map(str, seeds))}"
         parts += [[title], accuracy_table(rows), gain_table(rows)]
     if (folder / "cost.json").is_file():
-        cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
-        parts.append(cost_table(cost))
+        parts.append(cost_table(read_object(folder / "cost.json")))
     print("\n\n".join("\n".join(part) for part in parts))
 
 

@@ -21,9 +21,9 @@ PICTURES, EACH = 20, 5
 
 def write(folder: Path, right: dict[tuple[str, str, int, str], int]) -> None:
     """Both comparisons of two seeds; `right` says how many pictures are answered (else all)."""
-    for part in table.PARTS:
+    for part, (_, plans) in table.PARTS.items():
         for seed in (0, 1):
-            for name in table.ROWS:
+            for name in table.rows_of(plans):
                 for each in table.SETS:
                     good = right.get((part, name, seed, each), PICTURES)
                     items = [
@@ -41,12 +41,12 @@ def test_equal_arms_differ_by_nothing_and_known_ones_by_what_they_do(tmp_path, c
     plan = "pyramiddrop-with-pyramiddrop"
     right = {("learn", plan, 0, "gqa"): 15, ("learn", plan, 1, "gqa"): 17}
     write(tmp_path, right)
-    _, same = table.read_all(tmp_path / "adapt")
+    _, same = table.read_all(tmp_path / "adapt", ("pyramiddrop", "mild"))
     assert all(
         gain == table.Gain(0.0, 0.0, 0.0, (0.0, 0.0))
         for gain in table.gains(same[table.BASE], same[plan]).values()
     )
-    _, rows = table.read_all(tmp_path / "learn")
+    _, rows = table.read_all(tmp_path / "learn", ("pyramiddrop",))
     found = table.gains(rows[table.BASE], rows[plan])
     assert found["gqa"].value == pytest.approx(-20)
     assert found["gqa"].seeds == pytest.approx((-25, -15))
@@ -58,6 +58,7 @@ def test_equal_arms_differ_by_nothing_and_known_ones_by_what_they_do(tmp_path, c
     shown = capsys.readouterr().out
     assert "| PyramidDrop | PyramidDrop | 100.0 (100.0-100.0) | 80.0 (75.0-85.0) |" in shown
     assert "-20.0 [" in shown
+    assert shown.count("| mild PyramidDrop | all tokens |") == 2  # accuracy and gain of adapt alone
     assert "| -5.0, -3.0 | [-16.7, +8.7] |" in shown
 
 
@@ -85,12 +86,15 @@ def test_what_is_not_whole_is_refused(tmp_path):
     scores["per_item"][0]["uid"] = "another"
     file.write_text(json.dumps(scores))
     with pytest.raises(ValueError, match="did not answer the same questions"):
-        table.read_all(tmp_path / "adapt")
+        table.read_all(tmp_path / "adapt", ("pyramiddrop", "mild"))
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"scores\.json: no JSON"):
+        table.read_all(tmp_path / "adapt", ("pyramiddrop", "mild"))
     file.unlink()
     with pytest.raises(ValueError, match="0 scored runs"):
-        table.read_all(tmp_path / "adapt")
+        table.read_all(tmp_path / "adapt", ("pyramiddrop", "mild"))
     with pytest.raises(ValueError, match="0 seeds"):
-        table.read_all(tmp_path)
+        table.read_all(tmp_path, ("pyramiddrop",))
 
 
 def test_the_cost_table_shows_shares(capsys):

@@ -26,6 +26,7 @@ from llava.model.builder import load_pretrained_model
 SCRIPT = ROOT / "scripts" / "digits" / "train.sh"
 COMPARE = SCRIPT.with_name("compare.sh")
 PLAN = "pyramiddrop:layers=[2,4,5],ratios=[0.6,0.36,0.216]"
+MILD = "pyramiddrop:layers=[2,4,5],ratios=[0.8,0.64,0.512]"
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +260,8 @@ def test_every_stage_is_a_run_of_the_training_entry_point(tmp_path: Path, plan: 
 
 
 def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
-    """Three seeds; within one, the arms' commands differ in the plan and the folder alone, and all
-    runs of a comparison start from the same stage 1."""
+    """Three seeds; within one, the commands of the arms differ in the plan and the folder alone,
+    and all runs of a comparison start from the same stage 1."""
     from llava.eval.run import parser
     from llava.reduction.flags import plan_from_args
     from llava.train.arguments import parse_args
@@ -268,29 +269,38 @@ def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
     found = commands(COMPARE, tmp_path)
     stages = [parse_args(words) for words in of_module(found, "llava.train.train")]
     names = [Path(training.output_dir).name for _, _, training in stages]
-    assert names == ["align", "facts", "relations", "questions"] + 6 * ["none", "pyramiddrop"]
+    arms = {
+        "adapt": ["none", "pyramiddrop", "mild"],
+        "full": ["none", "mild"],
+        "learn": ["none", "pyramiddrop"],
+    }
+    trained = [name for what in arms for name in 3 * arms[what]]
+    assert names == ["align", "facts", "relations", "questions", *trained]
+    plans = {"none": "none", "pyramiddrop": PLAN, "mild": MILD}
     runs: dict[tuple[str, str], list[dict]] = {}
     for model, data, training in stages[4:]:
         facts = {**vars(model), **vars(data), **training.to_dict()}
         del facts["logging_dir"]
         place = Path(facts.pop("output_dir"))
-        assert facts.pop("reduction") == {"none": "none", "pyramiddrop": PLAN}[place.name]
-        base = {"adapt": "questions", "learn": "relations"}[place.parts[-3]]
+        assert facts.pop("reduction") == plans[place.name]
+        base = {"adapt": "questions", "full": "questions", "learn": "relations"}[place.parts[-3]]
         assert Path(model.model_name_or_path) == tmp_path / "work" / "none" / base
         assert place.parts[-2] == f"seed-{training.seed}"
         runs.setdefault(place.parts[-3:-1], []).append(facts)
-    assert list(runs) == [(what, f"seed-{s}") for what in ("adapt", "learn") for s in range(3)]
-    assert all(len(arms) == 2 and arms[0] == arms[1] for arms in runs.values())
+    assert list(runs) == [(what, f"seed-{s}") for what in arms for s in range(3)]
+    assert [len(each) for each in runs.values()] == [3, 3, 3, 2, 2, 2, 2, 2, 2]
+    assert all(one == each[0] for each in runs.values() for one in each)
     asked = [parser().parse_args(words[1:]) for words in of_module(found, "llava.cli")]
     pairs = [
         (Path(args.model_path).name, str(plan_from_args(args)), Path(args.results).name)
         for args in asked
     ]
-    own = [("none", "none", "none-with-none"),
-           ("pyramiddrop", PLAN, "pyramiddrop-with-pyramiddrop")]  # fmt: skip
-    crossed = [("none", PLAN, "none-with-pyramiddrop"),
-               ("pyramiddrop", "none", "pyramiddrop-with-none")]  # fmt: skip
-    assert pairs == 2 * (3 * own + 3 * crossed)
+    wanted = []
+    for names in arms.values():
+        own = [(name, name) for name in names]
+        crossed = [pair for name in names[1:] for pair in (("none", name), (name, "none"))]
+        wanted += 3 * own + 3 * crossed
+    assert pairs == [(arm, plans[plan], f"{arm}-with-{plan}") for arm, plan in wanted]
     assert found[-2][0].endswith("compare_cost.py")
     assert found[-1][0].endswith("compare_table.py")
 
