@@ -7,6 +7,7 @@ import difflib
 import re
 
 import numpy as np
+from command_lines import all_flags, why_not
 from places import ROOT
 
 from llava.reduction import REDUCERS, ReductionPlan
@@ -20,10 +21,133 @@ def test_the_family_diff_in_the_design_page_is_real():
     assert diff in (ROOT / "docs" / "Design.md").read_text()
 
 
+def _pages():
+    """Every page that is written by hand."""
+    tops = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+    return [*tops, *sorted((ROOT / "docs").glob("*.md")), ROOT / "checkpoints" / "README.md",
+            ROOT / "playground" / "README.md"]  # fmt: skip
+
+
+def _anchors(page):
+    """What a heading is called in a link, as GitHub makes it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = [
+        re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"^#+ (.*)$", text, re.M)
+    ]
+    return {title.replace(" ", "-") for title in titles}
+
+
 def test_links_between_documents_exist():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    found = 0
+    for page in _pages():
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in _anchors(there), f"{page.name} links to {target}"
+            found += 1
+    assert found > 30
+
+
+START = r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:llava|python|bash|torchrun|srun|sbatch|pip|make)\b"
+
+
+def _commands(page):
+    """(command, whether it is a fragment): lines of blocks are whole, spans in sentences not."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^ *```(?:bash)?\n(.*?)^ *```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.strip().split(" && "):
+                if re.match(START, command):
+                    yield command, False
+    for span in _spans(page):
+        if re.match(START + " ", span):
+            yield span, True
+
+
+def _spans(page):
+    """What stands in backticks outside of blocks."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def _filled(command):
+    """The command with something for what the reader puts in: "..." and {a,b}."""
+    command = re.sub(r"(--[\w-]+|=)( ?)\.\.\.", r"\1\2x", command.split("  #")[0].strip())
+    command = re.sub(r"(reduction |REDUCTION=)x", r"\1none", command).removesuffix(" ...")
+    choices = re.search(r"\{(\w+(?:,\w+)+)\}", command)
+    if not choices:
+        return [command]
+    return [command.replace(choices[0], each) for each in choices[1].split(",")]
+
+
+def test_commands_in_the_documents_go_through_their_parsers():
+    problems, found = {}, set()
+    for page in _pages():
+        for command, fragment in _commands(page) if page.name != "Migrating.md" else ():
+            for each in _filled(command):
+                if (each, fragment) not in found and not each.startswith("python -m venv"):
+                    found.add((each, fragment))
+                    problem = why_not(each, fragment)
+                    problems |= {f"{page.name}: {each}": problem} if problem else {}
+    assert not problems, "\n".join(f"{each}\n    {why}" for each, why in problems.items())
+    assert len(found) > 120
+
+
+def test_flags_in_the_documents_exist():
+    known = all_flags() | {
+        *(
+            "--no-deps",
+            "--force_simple",
+            "--use_cache",
+            "--tasks",
+            "--model",
+            "--model_args",
+        ),  # others'
+        *("--nodes", "--ntasks", "--ntasks-per-node", "--signal", "--nproc_per_node"),
+    }
+    wrong, found = [], 0
+    for page in _pages():
+        for span in _spans(page) if page.name != "Migrating.md" else ():
+            if span.startswith("--"):
+                found += 1
+                flag = re.split(r"[ =]", span)[0]
+                wrong += [f"{page.name}: {span}"] if flag not in known else []
+    assert wrong == []
+    assert found > 60
+
+
+def test_paths_in_the_documents_exist():
+    """Files of this repository; those of an original are cited in Comparison and Migrating."""
+    theirs = (
+        "docs/MODEL_ZOO.md",
+        "llava/model/language_model/adaptprune.py",
+        "llava/reduction/loudest.py",
+    )
+    wrong, found = [], 0
+    for page in _pages():
+        if page.name in ("Comparison.md", "Migrating.md"):
+            continue
+        for span in _spans(page):
+            for path in re.findall(r"(?<![\w/.])(?:llava|tests|scripts|docs)/[\w/]+\.\w+", span):
+                found += 1
+                wrong += (
+                    [] if (ROOT / path).exists() or path in theirs else [f"{page.name}: {path}"]
+                )
+    assert wrong == []
+    assert found > 60
+
+
+def test_tests_named_in_the_documents_exist():
+    names = {name for path in (ROOT / "tests").rglob("test_*.py") for name in _tests_of(path)}
+    named = {
+        (page.name, name)
+        for page in _pages()
+        for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))
+        if not list((ROOT / "tests").rglob(f"{name}.py"))
+    }
+    assert len(named) > 40
+    assert {pair for pair in named if pair[1] not in names} == set()
 
 
 def test_plans_in_the_documents_parse(tmp_path, monkeypatch):
