@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -48,8 +49,8 @@ def write_tokenizer(folder: Path) -> int:
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=table, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        padding_side="right",
+        tokenizer_object=table, unk_token="<unk>", pad_token="<unk>", bos_token="<s>",
+        eos_token="</s>", padding_side="right",
     ).save_pretrained(folder)  # fmt: skip
     return len(vocabulary)
 
@@ -60,7 +61,7 @@ def write_models(folder: Path) -> None:
     config = LlamaConfig(
         vocab_size=write_tokenizer(folder / "model"), hidden_size=HIDDEN, intermediate_size=128,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     vision = CLIPVisionConfig(
@@ -119,6 +120,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
+    transformers.utils.logging.disable_progress_bar()
     write_models(folder)
     write_data(folder)
     json_dump(folder / "made.json", {"layers": LAYERS, "heads": HEADS})

@@ -17,6 +17,8 @@
 #   PACKED=0           pad the samples of a batch instead of laying them one behind the other
 #   COMPARE=N          measure N steps without the plan first (--compare_steps)
 #   ESTIMATE=1         say what it would need on GPUS (default 8) and end; on any machine
+#   REPORT_TO=...      tensorboard, wandb (default; only where a key or WANDB_MODE=offline is set), none,
+#                      or several with commas between
 #   SAVE_STEPS=N       a checkpoint every N steps (default: the recipe's, which is more than it has)
 #   SMOKE=1            three steps on a tiny model and data that are made on the spot (SMOKE_DIR)
 #   DRY_RUN=1          print the command
@@ -77,7 +79,11 @@ choose_launcher() {
     ((there == 0 || GPUS <= there)) || die "GPUS=$GPUS, but $there are visible here"
     WORLD=$((GPUS * NNODES))
   fi
-  ((there > 0)) || { default DEEPSPEED none; default LAUNCHER torchrun; }
+  if ((there == 0)); then
+    default DEEPSPEED none
+    default LAUNCHER torchrun
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # or it warns that it found nothing else
+  fi
   default DEEPSPEED "$1"
   [ "$DEEPSPEED" != none ] || default LAUNCHER torchrun
   # deepspeed's launcher knows GPUs by number alone, not by an id as MIG slices have.
@@ -169,15 +175,19 @@ run_train() {
   local samples=$1 most=$2 zero=$3 flags=()
   shift 3
   if [ "${SMOKE:-0}" = 1 ]; then
-    samples=4 most=2
+    most=2
     flags+=(--max_steps 3 --overwrite_output_dir True)
-    [ -f "$SMOKE_DIR/made.json" ] || run "$PY" scripts/smoke_data.py "$SMOKE_DIR"
+    [ "${ESTIMATE:-0}" = 0 ] || default GPUS 1
   fi
   default LAUNCHER ""
   default NNODES ""
+  choose_launcher "scripts/$zero.json"
+  [ "${SMOKE:-0}" = 0 ] || samples=$((WORLD * (WORLD < 4 ? 4 / WORLD : 1)))
   default GLOBAL_BATCH "$samples"
   number GLOBAL_BATCH
-  choose_launcher "scripts/$zero.json"
+  if [ "${SMOKE:-0}" = 1 ] && [ ! -f "$SMOKE_DIR/made.json" ]; then
+    run "$PY" scripts/smoke_data.py "$SMOKE_DIR"
+  fi
   split_batch "$GLOBAL_BATCH" "$most"
   starter
   [ "$DEEPSPEED" = none ] || flags+=(--deepspeed "$DEEPSPEED")
@@ -205,7 +215,7 @@ run_train() {
     --per_device_train_batch_size "$BATCH" \
     --per_device_eval_batch_size 4 \
     --gradient_accumulation_steps "$ACCUMULATE" \
-    --evaluation_strategy no \
+    --eval_strategy no \
     --save_strategy steps \
     --save_steps "${SAVE_STEPS:-50000}" \
     --save_total_limit 1 \
@@ -216,7 +226,7 @@ run_train() {
     --gradient_checkpointing True \
     --dataloader_num_workers "${WORKERS:-4}" \
     --lazy_preprocess True \
-    --report_to wandb \
+    --report_to ${REPORT_TO:-wandb} \
     "$@"
 }
 

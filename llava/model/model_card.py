@@ -10,6 +10,7 @@ wrote is left alone. Training and `llava convert` write one; after an evaluation
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,9 +150,16 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
     out = ["## Training", _table(("", ""), rows)]
     if flags:
-        lines = "\n".join(f"--{key} {shlex.quote(str(value))}" for key, value in flags.items())
+        lines = "\n".join(f"--{key} {_words(value)}" for key, value in flags.items())
         out += ["Flags that were not at their default:", f"```\n{lines}\n```"]
     return out
+
+
+def _words(value: Any) -> str:
+    """A flag's value as a shell gives it back: several words for a list, JSON for an object."""
+    if isinstance(value, list):
+        return " ".join(shlex.quote(str(each)) for each in value)
+    return shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))
 
 
 def _scores(files: Sequence[str | Path]) -> list[str]:

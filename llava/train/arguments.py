@@ -17,6 +17,7 @@ import netrc
 import os
 import sys
 import textwrap
+import urllib.parse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llava.reduction.plan import ReductionPlan, plan_from_flags
 from llava.train import legacy_flags
@@ -224,8 +227,9 @@ class TrainingArguments(transformers.TrainingArguments):
     loss_mean: Literal["batch", "tokens"] = "batch"
     """batch: the mean over a micro-batch's targets, averaged over micro-batches (LLaVA); tokens:
     the mean over all targets of a step."""
-    evaluation_strategy: str | None = None
-    """Old name of --eval_strategy."""
+    report_to: list[str] = dataclasses.field(default_factory=list)
+    """tensorboard, wandb, ..., one or several; none by default. wandb only where a key or an
+    offline mode is set: no run waits for a login."""
     warmup_ratio: float | None = None
     """Share of the steps that warm up (--warmup_steps below 1 today)."""
     group_by_length: bool = False
@@ -276,6 +280,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self._translate()
         self._match_device()
         self.report_to = usable_reports(self.report_to)
+        if "wandb" in self.report_to and self.run_name is None:
+            self.run_name = Path(self.output_dir or "trainer_output").resolve().name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name
             super().__post_init__()
@@ -331,8 +337,6 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("--lora_enable needs peft: pip install peft")
 
     def _translate(self) -> None:
-        if self.evaluation_strategy is not None:
-            self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:
             if not 0 <= self.warmup_ratio <= 1:
                 raise ValueError(f"--warmup_ratio {self.warmup_ratio}; accepted: 0 to 1")
@@ -397,17 +401,26 @@ def _accelerator_available() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def usable_reports(report_to: Any) -> list[str] | str:
-    """The reporters of `report_to` that work without asking anybody anything.
+def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
+    """The reporters of `report_to` (names, or names with commas between) that work without asking
+    anybody anything.
 
     wandb is kept only if it is installed and a key or an offline mode is set, because it would
-    otherwise wait for a login; what is left out is said.
+    otherwise wait for a login; what is left out is said. ValueError for an unknown name.
     """
-    wanted = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    given = [report_to] if isinstance(report_to, str) else report_to or []
+    wanted = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    if "all" in wanted:
+        wanted = get_available_reporting_integrations()
+    wanted = [name for name in dict.fromkeys(wanted) if name != "none"]
+    unknown = [name for name in wanted if name not in INTEGRATION_TO_CALLBACK]
+    if unknown:
+        known = ", ".join(INTEGRATION_TO_CALLBACK)
+        raise ValueError(f"--report_to {unknown[0]}; accepted: none, all, {known}")
     if "wandb" in wanted and not _wandb_ready():
         logger.warning(
             "wandb is left out: %s",
-            "no key found (set WANDB_API_KEY or WANDB_MODE=offline)"
+            "no key found (wandb login, WANDB_API_KEY=... or WANDB_MODE=offline)"
             if importlib.util.find_spec("wandb")
             else "it is not installed",
         )
@@ -417,7 +430,7 @@ def usable_reports(report_to: Any) -> list[str] | str:
     ):
         logger.warning("tensorboard is left out: it is not installed")
         wanted.remove("tensorboard")
-    return wanted or "none"
+    return wanted
 
 
 def _wandb_ready() -> bool:
@@ -427,8 +440,10 @@ def _wandb_ready() -> bool:
         return True
     if os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun"):
         return True
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    host = urllib.parse.urlsplit(server).hostname or server
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -60,7 +60,6 @@ OVERRIDES = {
     "compare_steps": 0,
     "save_strategy": "no",
     "eval_strategy": "no",
-    "evaluation_strategy": "no",
     "eval_on_start": False,
     "load_best_model_at_end": False,
     "push_to_hub": False,

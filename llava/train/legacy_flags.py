@@ -16,6 +16,7 @@ from llava.utils import get_logger
 logger = get_logger(__name__)
 
 RENAMED: dict[str, str] = {
+    "evaluation_strategy": "eval_strategy",
     "group_by_varlen": "group_by_length",
     "group_by_modality_length_auto": "group_by_modality_length",
     "per_gpu_train_batch_size": "per_device_train_batch_size",

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, trainer_pt_utils
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, rotate_checkpoints
 from transformers.trainer_utils import seed_worker
 
 from llava.constants import IGNORE_INDEX
-from llava.train.callbacks import FollowEpochs, ProgressLines
+from llava.train.callbacks import FollowEpochs, OneCurve, ProgressLines
 from llava.train.dual_speed import DualSpeed, without_isolator
 from llava.train.files import saving
 from llava.train.fsdp import STATE_FOLDER, load_state, save_state, shard_on_cpu
@@ -51,7 +52,7 @@ from llava.train.saving import (
     remove_leftovers,
     staging_folder,
 )
-from llava.train.telemetry import meter_of
+from llava.train.telemetry import REPLACED, meter_of
 from llava.utils import atomic_write, get_logger
 
 logger = get_logger(__name__)
@@ -93,6 +94,8 @@ class LLaVATrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressLines())
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(OneCurve())
         self.meter = meter_of(self.model, self.args)
         self.add_callback(self.meter.totals)
         scaled = getattr(self.accelerator, "mixed_precision", "no") == "fp16"
@@ -177,10 +180,11 @@ class LLaVATrainer(Trainer):
         return batches, items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with the telemetry of all ranks beside the loss."""
+        """As Trainer's, with the telemetry of all ranks beside the loss, and without the figures
+        that it stands for."""
         if "loss" in logs:
             logs |= self.meter.report()
-        super().log(logs, start_time)
+        super().log({k: v for k, v in logs.items() if k not in REPLACED}, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; its time is left out of all rates."""

@@ -285,9 +285,13 @@ class Meter:
     def report(self) -> dict[str, float]:
         """The figures of a logging step, for every reporter. A collective call."""
         work = self.flush()
+        so_far = self.totals.sums()
+        found = self.rates(work) | {"samples_seen": so_far.samples}
+        if so_far.flops:
+            found["total_tflops"] = so_far.flops / TERA
         memory = memory_bytes(self.device)
         worst = [max(column) for column in zip(*self.gather(list(memory.values())), strict=True)]
-        return self.rates(work) | {
+        return found | {
             f"memory_{name}_gib": value / GIB for name, value in zip(memory, worst, strict=True)
         }
 
@@ -341,6 +345,11 @@ def meter_of(model: nn.Module, args: Any) -> Meter:
     return Meter(cost, args.device, args.world_size, peak)
 
 
+REPLACED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+"""What transformers logs behind the last step: rates that count validation and saving as training,
+and FLOPs that know of no cut. `Meter.report` and train_summary.json have what stands for them."""
+
+
 # --------------------------------------------------------------------------------------- summary
 def run_figures(meter: Meter) -> dict[str, Any]:
     """What train_summary.json says about all parts of a run, from the last `flush`.
@@ -361,9 +370,9 @@ def run_figures(meter: Meter) -> dict[str, Any]:
         "computed_tokens": round(work.tokens_computed),
     }
     more = {
-        "tflops": work.flops / TERA,
-        "recomputed_tflops": work.again_flops / TERA,
-        "tower_tflops": work.tower_flops / TERA,
+        "total_tflops": work.flops / TERA,
+        "total_recomputed_tflops": work.again_flops / TERA,
+        "total_tower_tflops": work.tower_flops / TERA,
         **meter.rates(work),
     }
     return figures | {name: float(f"{value:.5g}") for name, value in more.items()}

@@ -27,6 +27,7 @@ from llava.model.model_card import SUMMARY_FILE, write_card
 from llava.reduction.plan import resolve_plan
 from llava.train import estimate
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_args
+from llava.train.callbacks import TellFacts
 from llava.train.compare import Comparison, format_line, run_without_plan
 from llava.train.dataset import (
     Collator,
@@ -190,6 +191,7 @@ def train(
     }
     if training_args.save_rehearsal:
         rehearse(trainer, facts)
+    trainer.add_callback(TellFacts(trainer, told(trainer, model_args, data_args, facts)))
     comparison = Comparison(trainer)
     with trainer.guard.catching_signals():
         result = fit(trainer)
@@ -207,6 +209,18 @@ def train(
         "dual_speed": trainer.dual_speed and trainer.dual_speed.facts(result.global_step),
         "compare": compared,
         **facts,
+    }
+
+
+def told(
+    trainer: LLaVATrainer, model_args: ModelArguments, data_args: DataArguments, facts: dict
+) -> dict[str, Any]:
+    """What wandb and tensorboard are given beside the training arguments and config.json."""
+    return {
+        "plan": str(resolve_plan(None, trainer.model.config)[0]),
+        "base": model_args.model_name_or_path or model_args.init_from_config,
+        "data_path": data_args.data_path,
+        **{name: facts[name] for name in ("data_hash", "samples", "trained_parameters")},
     }
 
 

@@ -96,8 +96,10 @@ def test_help_documents_every_legacy_flag():
 def test_old_names_mean_the_new_ones(tmp_path, monkeypatch):
     for old, new in legacy_flags.RENAMED.items():
         text = "3" if "batch_size" in old else "x" if "hub" in old else "True"
-        assert value(parse(tmp_path, f"--{old}", text), new) == value(
-            parse(tmp_path, f"--{new}={text}"), new
+        more = ["--eval_data_path", "x"] if "evaluation" in old else []
+        text = "epoch" if more else text
+        assert value(parse(tmp_path, *more, f"--{old}", text), new) == value(
+            parse(tmp_path, *more, f"--{new}={text}"), new
         )
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     parse(tmp_path, "--logging_dir", "boards")
@@ -120,7 +122,7 @@ def test_flags_without_their_feature_are_never_passed_over(name: str):
 
 
 def test_flags_of_the_library_llava_was_written_for_are_all_known():
-    """The 25 arguments of transformers 4.37 that its successors dropped, and those dropped since
+    """The arguments of transformers 4.37 that its successors dropped, and those dropped since
     that are fields here."""
     fields = set(arguments.TrainingArguments.__dataclass_fields__)
     dropped = [
@@ -131,9 +133,10 @@ def test_flags_of_the_library_llava_was_written_for_are_all_known():
         "use_legacy_prediction_loop", "include_inputs_for_metrics", "fp16_backend",
         "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
         "mp_parameters", "dispatch_batches", "split_batches", "include_tokens_per_second",
+        "evaluation_strategy",
     ]  # fmt: skip
     kept = [
-        "overwrite_output_dir", "evaluation_strategy", "warmup_ratio", "logging_dir",
+        "overwrite_output_dir", "warmup_ratio", "logging_dir",
         "no_cuda", "save_safetensors", "group_by_length", "local_rank",
     ]  # fmt: skip
     known = {*legacy_flags.RENAMED, *legacy_flags.REFUSED}
@@ -222,15 +225,33 @@ def test_wandb_is_never_waited_for(monkeypatch, tmp_path):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: object() if name in present else None
     )
-    assert usable_reports(["wandb"]) == "none"
+    assert usable_reports(["wandb"]) == []
     present.add("wandb")
-    assert usable_reports(["wandb"]) == "none"
+    assert usable_reports(["wandb"]) == []
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert usable_reports("wandb") == ["wandb"]
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert usable_reports("wandb") == "none"
+    assert usable_reports("wandb") == []
+    (tmp_path / "netrc").write_text("machine wandb.local login user password k\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert usable_reports("wandb") == []
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.local:8080")
+    assert usable_reports("wandb") == ["wandb"]
+    monkeypatch.delenv("WANDB_BASE_URL")
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert usable_reports(["wandb", "tensorboard"]) == ["wandb"]
+    present.add("tensorboard")
+    assert usable_reports("tensorboard,wandb,none") == ["tensorboard", "wandb"]
+    with pytest.raises(ValueError, match="--report_to wandbb; accepted: none, all"):
+        usable_reports("wandbb")
+
+
+def test_the_last_of_an_old_and_a_new_name_wins(tmp_path):
+    """As it does with one name: flags behind a script's own stand last."""
+    old, new = ["--evaluation_strategy", "no"], ["--eval_strategy", "steps"]
+    more = ["--eval_data_path", "x", "--report_to", "none"]
+    assert parse(tmp_path, *more, *old, *new)[2].eval_strategy.value == "steps"
+    assert parse(tmp_path, *more, *new, *old)[2].eval_strategy.value == "no"
 
 
 def test_pinpoints():

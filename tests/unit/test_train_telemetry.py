@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -166,9 +167,55 @@ def test_validation_and_saving_are_no_part_of_a_step(monkeypatch):
 def test_a_line_shows_what_is_known():
     logs = {"samples_per_second": 12.34, "tokens_per_second": 9000.4}
     logs |= {"computed_tokens_per_second": 5000.0, "data_wait_share": 0.01}
-    assert _speed(logs) == ["12.3 samples/s", "9000>5000 tokens/s"]
+    assert _speed(logs) == ["12.3 samples/s", "9000 tokens/s (5000 after cuts)"]
     logs |= {"computed_tokens_per_second": 9000.0, "data_wait_share": 0.5, "mfu": 0.41}
     assert _speed(logs)[1:] == ["9000 tokens/s", "MFU 41%", "waits for data 50%"]
+
+
+SERIES = {
+    *("train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "train/mfu"),
+    *("train/samples_per_second", "train/samples_seen", "train/total_tflops"),
+    *("train/tokens_per_second", "train/computed_tokens_per_second", "train/tflops_per_second"),
+    *("train/tower_tflops_per_second", "train/data_wait_share", "train/memory_rss_gib"),
+    *("eval/loss", "eval/runtime", "eval/samples_per_second", "eval/steps_per_second"),
+    "train/train_loss",
+}
+
+
+def test_tensorboard_has_one_curve_of_a_run_that_was_interrupted(tmp_path, monkeypatch):
+    """Read back with tensorboard's own reader: which series, at which steps, finite, once."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    write_all(tmp_path)
+    out = tmp_path / "out"
+    flags = command(
+        init_from_config=tmp_path / "config", output_dir=out, max_steps=4, report_to="tensorboard",
+        per_device_train_batch_size=2, save_strategy="steps", save_steps=2, peak_tflops=0.001,
+        layer_list="[1,2]", image_token_ratio_list="[0.5,0.25]", eval_strategy="steps",
+        eval_steps=2, eval_data_path=tmp_path / "data" / "mixed.json", **pictures(tmp_path),
+    )  # fmt: skip
+    main(flags)
+    for path in (out / "checkpoint-4", out / "model.safetensors"):  # as if killed behind step 3
+        path.rename(tmp_path / path.name)
+    main(flags)
+    (folder,) = (out / "runs").iterdir()
+    assert len(list(folder.iterdir())) == 2
+    found = reader.EventAccumulator(str(folder)).Reload()
+    tags = found.Tags()
+    assert set(tags["scalars"]) == SERIES
+    points = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags["scalars"]}
+    for tag, series in points.items():
+        steps = [step for step, _ in series]
+        assert steps == ([4] if tag == "train/train_loss" else [2, 4] if "eval/" in tag else
+                         [1, 2, 3, 4]), tag  # fmt: skip
+        assert all(math.isfinite(number) for _, number in series), tag
+    summary = json.loads((out / "train_summary.json").read_text())
+    assert points["train/samples_seen"][-1] == (4, summary["samples_seen"])
+    assert points["train/total_tflops"][-1][1] == pytest.approx(summary["total_tflops"], rel=1e-4)
+    text = found.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    facts = json.loads(text.strip("`"))
+    assert facts["plan"] == "pyramiddrop:layers=[1,2],ratios=[0.5,0.25]"
+    assert facts["data_hash"] == summary["data_hash"]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -199,7 +246,7 @@ def test_a_resumed_run_adds_up_its_parts(tmp_path, packed):
         path.rename(tmp_path / name)
     main(flags)
     again = json.loads((tmp_path / "out" / "train_summary.json").read_text())
-    for name in ("samples_seen", "tokens", "computed_tokens", "tflops", "data_hash", "plan"):
+    for name in ("samples_seen", "tokens", "computed_tokens", "total_tflops", "data_hash", "plan"):
         assert again[name] == first[name], name
     assert len(again["parts_seconds"]) == 2
     assert again["seconds"] == pytest.approx(sum(again["parts_seconds"]), abs=0.2)
