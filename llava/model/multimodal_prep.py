@@ -109,7 +109,9 @@ def picture_tokens(
         rounding = getattr(config, "mm_unpad_rounding", None) or "llava"
         rows, columns = unpad_slices(size, field.shape, rounding)
         field = np.pad(field[rows, columns], ((0, 0), (0, 1)), constant_values=NEWLINE)
-        tile = np.pad(tile[rows, columns], ((0, 0), (0, 1)), mode="edge")
+        # A very narrow picture leaves no column: its rows are newlines alone.
+        behind = max(columns.stop - 1, 0)
+        tile = np.hstack([tile[rows, columns], tile[rows, behind : behind + 1]])
     return Picture(
         np.concatenate([base.ravel(), field.ravel()]),
         np.vstack([_cells(side, side, 0), _cells(*field.shape, side)]),

@@ -403,17 +403,19 @@ def legacy_labels(
         return _legacy_plain(turns, conv, with_images)
 
     def text_only(text: str) -> list[int]:
-        return list(tokenizer(text)["input_ids"])[: tokenizer.model_max_length]
+        return list(tokenizer(text)["input_ids"])
 
     encode = with_images if has_image else text_only
+    # Text alone is cut here, with pictures later; the rounds are counted uncut in either case.
+    limit = None if has_image else tokenizer.model_max_length
     if conv.sep_style is SeparatorStyle.LLAMA_2:
-        return _legacy_rounds(turns, tokenizer, conv, encode, "[/INST] ", correct=False)
+        return _legacy_rounds(turns, tokenizer, conv, encode, limit, "[/INST] ", correct=False)
     if conv.version.startswith("v1"):
         answer = conv.sep + conv.roles[1] + ": "
-        return _legacy_rounds(turns, tokenizer, conv, encode, answer, correct=True)
+        return _legacy_rounds(turns, tokenizer, conv, encode, limit, answer, correct=True)
     if conv.version == "mpt":
-        return _legacy_mpt(turns, tokenizer, conv, encode)
-    return _legacy_v0(turns, conv, encode)
+        return _legacy_mpt(turns, tokenizer, conv, encode, limit)
+    return _legacy_v0(turns, tokenizer, conv, encode, limit)
 
 
 def legacy_multimodal(turns: Sequence[Turn], version: str, use_im_start_end: bool) -> list[Turn]:
@@ -461,12 +463,18 @@ def _legacy_finish(
 
 
 def _legacy_rounds(
-    turns: Sequence[Turn], tokenizer: Any, conv: Conversation, encode: Any, mark: str, correct: bool
+    turns: Sequence[Turn],
+    tokenizer: Any,
+    conv: Conversation,
+    encode: Any,
+    limit: int | None,
+    mark: str,
+    correct: bool,
 ) -> Encoded:
     """v1 and llama_2: rounds end with sep2; in each, all up to and with `mark` is masked, two
     tokens less than it has alone (its BOS, and the space that joins the answer's first word)."""
     text = _legacy_prompt(turns, conv)
-    ids = list(encode(text))
+    ids = encode(text)[:limit]
     labels = list(ids)
     shift = int(correct and not getattr(tokenizer, "legacy", True))
     at = 1
@@ -483,10 +491,12 @@ def _legacy_rounds(
     return _legacy_finish(ids, labels, at, total, tokenizer.model_max_length)
 
 
-def _legacy_mpt(turns: Sequence[Turn], tokenizer: Any, conv: Conversation, encode: Any) -> Encoded:
+def _legacy_mpt(
+    turns: Sequence[Turn], tokenizer: Any, conv: Conversation, encode: Any, limit: int | None
+) -> Encoded:
     """mpt and chatml: the first round is system + question + answer, later ones two parts each."""
     text = _legacy_prompt(turns, conv)
-    ids = list(encode(text))
+    ids = encode(text)[:limit]
     labels = list(ids)
     mark = conv.sep + conv.roles[1]
     parts = text.split(conv.sep)
@@ -506,20 +516,30 @@ def _legacy_mpt(turns: Sequence[Turn], tokenizer: Any, conv: Conversation, encod
     return _legacy_finish(ids, labels, at, total, tokenizer.model_max_length)
 
 
-def _legacy_v0(turns: Sequence[Turn], conv: Conversation, encode: Any) -> Encoded:
-    """v0: '### Role: text' lines; questions are masked but for the first two tokens of each."""
+def _legacy_v0(
+    turns: Sequence[Turn], tokenizer: Any, conv: Conversation, encode: Any, limit: int | None
+) -> Encoded:
+    """v0: '### Role: text' lines; questions are masked but for the first two tokens of each. Of
+    text alone each line is cut too, and a padding id in it is not counted."""
+
+    def length(part: str) -> int:
+        ids = encode(part)
+        if limit is None:
+            return len(ids)
+        return sum(token != tokenizer.pad_token_id for token in ids[:limit])
+
     names = {"human": conv.roles[0], "gpt": conv.roles[1]}
     header = f"{conv.system}\n\n"
     lines = [f"### {names.get(turn['from'], 'unknown')}: {turn['value']}\n" for turn in turns]
-    ids = list(encode(header + "".join(lines) + "### "))
+    ids = encode(header + "".join(lines) + "### ")[:limit]
     labels = list(ids)
-    at = len(encode(header))
+    at = length(header)
     _mask(labels, 0, at)
     for turn, line in zip(turns, lines, strict=True):
-        length = len(encode(line))
+        count = length(line)
         if turn["from"] == "human":
-            _mask(labels, at + 2, at + length)
-        at += length
+            _mask(labels, at + 2, at + count)
+        at += count
     return Encoded(ids, labels)
 
 

@@ -271,9 +271,13 @@ def by_modality_and_length(
     world_size: int,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """As `by_length`, each megabatch from one modality (the sign of the length)."""
+    """As `by_length`, each megabatch from one modality (the sign of the length).
+
+    Data of one kind goes to `by_length` as it is, signs and all, as in the original: of text alone
+    the shortest come first in a megabatch, and its chunks are not even.
+    """
     if all(length > 0 for length in lengths) or all(length < 0 for length in lengths):
-        return by_length([abs(length) for length in lengths], batch_size, world_size, generator)
+        return by_length(lengths, batch_size, world_size, generator)
     batches: list[list[int]] = []
     leftover: list[int] = []
     for sign in (1, -1):  # pictures first: the order of the draws is part of the recorded order

@@ -52,6 +52,15 @@ def test_tokens_of_an_anyres_picture():
     assert np.all(geometry(3, (56, 28), **{**ANYRES, "mm_patch_merge_type": "flat"}).source < 12)
 
 
+@pytest.mark.parametrize(("size", "newlines"), [((2, 60), 4), ((60, 2), 0)])
+def test_a_picture_that_unpads_to_nothing(size, newlines):
+    """Of a very narrow picture the rows' newlines are left, of a very flat one the whole image."""
+    picture = geometry(3, size, **ANYRES)
+    assert picture.source.tolist() == [0, 1, 2, 3] + [NEWLINE] * newlines
+    assert picture.tile.tolist() == [0, 0, 0, 0, *[1, 1, 2, 2][:newlines]]
+    assert len(picture.cell) == len(picture.grid) == len(picture)
+
+
 @pytest.mark.parametrize(
     ("tiles", "size", "changes", "message"),
     [
