@@ -53,7 +53,7 @@ class Ranks(NamedTuple):
             ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         ):
             if rank in env and world in env:
-                found = cls(int(env[rank]), int(env[world]), int(env.get(local, "0")))
+                found = cls(*(_whole_number(name) for name in (rank, world, local)))
                 if not 0 <= found.rank < found.world:
                     raise ValueError(f"{rank}={env[rank]} does not fit {world}={env[world]}")
                 return found
@@ -63,7 +63,16 @@ class Ranks(NamedTuple):
 def rank() -> int:
     """Rank of this process in a distributed run (0 when there is none), without touching torch."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
+    text = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(text) if text.isdecimal() else 0  # `Ranks` complains of another one
+
+
+def _whole_number(name: str) -> int:
+    """A variable of the environment, 0 when it is not set. ValueError names it."""
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r}; accepted: a whole number")
+    return int(text)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -81,7 +90,8 @@ def get_logger(name: str) -> logging.Logger:
         root.propagate = False
         level = os.environ.get("LLAVA_LOG", "info").upper()
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise ValueError(f"LLAVA_LOG is {level!r}; accepted: debug, info, warning, error")
+            root.warning("LLAVA_LOG=%s is not used; accepted: debug, info, warning, error", level)
+            level = "INFO"
         root.setLevel(level if rank() == 0 else max(logging.getLevelName(level), logging.WARNING))
     return root if name == "llava" else root.getChild(name.removeprefix("llava."))
 

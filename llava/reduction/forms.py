@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -204,13 +204,14 @@ def spell(name: str, options: Mapping[str, Any]) -> str:
 
 def number_list(name: str, value: Any, kinds: type | tuple[type, ...]) -> list[Any]:
     """A list of numbers, or its text. ValueError names `name` and the value."""
-    example = f'{name} {value!r} is no list; give something like "[8,16,24]"'
+    like = "[8,16,24]" if kinds is int else "[0.5,0.25,0.125]"
+    example = f'{name} {value!r:.200} is no list of numbers; give something like "{like}"'
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
             raise ValueError(example) from None
-    if not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
         raise ValueError(example)
     items = list(value)
     for item in items:

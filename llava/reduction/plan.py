@@ -408,8 +408,10 @@ def plan_from_flags(
     """The plan that a command line asks for; None when it says nothing.
 
     `--layer_list` with `--image_token_ratio_list` means PyramidDrop. ValueError when only one of
-    the two is given or `--reduction` is given beside them.
+    the two is given, `--reduction` is given beside them, or is empty (a variable that was not set).
     """
+    if isinstance(reduction, str) and not reduction.strip():
+        raise ValueError('--reduction is empty; give a plan, or "none"')
     pyramid = (layer_list, image_token_ratio_list)
     if all(value is None for value in pyramid):
         return None if reduction is None else ReductionPlan.parse(reduction)

@@ -31,6 +31,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llava.reduction.plan import ReductionPlan, plan_from_flags
 from llava.train import legacy_flags
+from llava.train.flag_checks import check_figures, check_flags, read_settings
 from llava.train.fsdp import fsdp_settings
 from llava.utils import get_logger
 
@@ -270,8 +271,13 @@ class TrainingArguments(transformers.TrainingArguments):
     """Steps between two probes; 0 means at each validation."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.deepspeed, str) and self.deepspeed and not _is_settings(self.deepspeed):
-            raise ValueError(f"--deepspeed {self.deepspeed}: there is no such file")
+        check_figures(self)
+        for name in self._VALID_DICT_FIELDS:
+            settings = None if name == "fsdp_config" else read_settings(name, getattr(self, name))
+            if settings and name != "deepspeed":  # whose file keeps its name
+                setattr(self, name, settings)
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 exclude each other; give one")
         self._check_lora()
         settings = fsdp_settings(self.fsdp, self.fsdp_config)
         self.fsdp, self.fsdp_config = (True, settings) if settings else (None, None)
@@ -310,8 +316,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check_token_budget(self) -> None:
         grouped = [n for n in ("group_by_modality_length", "group_by_length") if getattr(self, n)]
-        if self.token_budget < 0:
-            raise ValueError(f"--token_budget {self.token_budget}; accepted: 0 (off) or more")
         if self.token_budget and not self.packed:
             raise ValueError("--token_budget needs --packed True: it counts tokens without padding")
         if self.token_budget and grouped:
@@ -327,21 +331,12 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"--bits {self.bits}: quantised weights cannot be split by FSDP here; "
                 "accepted: ZeRO-2, or plain data parallel"
             )
-        if not self.lora_enable:
-            return
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r}; accepted: 1 or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout}; accepted: 0 to below 1")
-        if importlib.util.find_spec("peft") is None:
+        if self.lora_enable and importlib.util.find_spec("peft") is None:
             raise ValueError("--lora_enable needs peft: pip install peft")
 
     def _translate(self) -> None:
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio <= 1:
-                raise ValueError(f"--warmup_ratio {self.warmup_ratio}; accepted: 0 to 1")
-            if not self.warmup_steps:  # explicit steps win, as they always did
-                self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
+        if self.warmup_ratio is not None and not self.warmup_steps:  # explicit steps win
+            self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
         self.use_cpu = self.use_cpu or self.no_cuda
         strategy = self.train_sampling_strategy
         if strategy not in ("random", "sequential", "group_by_length"):
@@ -392,11 +387,6 @@ NO_EFFECT: dict[str, str] = {
 """Flags that are accepted and do nothing -> why, or what does it."""
 
 
-def _is_settings(text: str) -> bool:
-    """Whether `--deepspeed` is a file, or the JSON object itself."""
-    return Path(text).is_file() or text.lstrip().startswith("{")
-
-
 def _accelerator_available() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
@@ -430,6 +420,10 @@ def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
     ):
         logger.warning("tensorboard is left out: it is not installed")
         wanted.remove("tensorboard")
+    others = set(wanted) - {"wandb", "tensorboard"}
+    for name in sorted(others - set(get_available_reporting_integrations())):
+        logger.warning("%s is left out: it is not installed", name)
+        wanted.remove(name)
     return wanted
 
 
@@ -492,56 +486,17 @@ def parse_args(
         look_for_args_file=False,
     )
     if unknown:
-        raise ValueError(f"unknown flag(s): {' '.join(unknown)} (--help lists all flags)")
+        words = "" if unknown[0].startswith("-") else "a list with spaces needs quotes; "
+        raise ValueError(f"unknown flag(s): {' '.join(unknown)} ({words}--help lists all flags)")
     if not data.data_path:
         raise ValueError("--data_path is needed")
     if (model.model_name_or_path is None) == (model.init_from_config is None):
         raise ValueError("give one of --model_name_or_path and --init_from_config")
     if data.eval_data_path is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
-    _check_counts(training)
-    _check_probe(training)
+    check_flags(model, data, training)
     model.plan()
-    parts = model.tunable_parts()
-    if training.lora_enable:
-        _check_lora_parts(model, parts)
     return model, data, training
-
-
-def _check_lora_parts(model: ModelArguments, parts: tuple[str, ...] | None) -> None:
-    """ValueError for flags that leave adapters nothing to do."""
-    if model.init_from_config:
-        raise ValueError("--lora_enable needs a base with weights: give --model_name_or_path")
-    if model.mm_use_im_start_end:
-        raise ValueError("--mm_use_im_start_end cannot be trained with --lora_enable")
-    if model.tune_mm_mlp_adapter or (parts is not None and "mm_language_model" not in parts):
-        flag = "--tune_mm_mlp_adapter" if parts is None else "--mm_tunable_parts"
-        raise ValueError(f"{flag} leaves the language model alone; --lora_enable has no use there")
-
-
-def _check_counts(training: TrainingArguments) -> None:
-    """ValueError for a run without steps, batches or checkpoints."""
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
-            raise ValueError(f"--{name} {getattr(training, name)}; accepted: 1 or more")
-    if training.max_steps <= 0 and training.num_train_epochs <= 0:
-        raise ValueError(
-            f"nothing to do: --num_train_epochs {training.num_train_epochs:g} and "
-            f"--max_steps {training.max_steps}"
-        )
-    if training.save_strategy.value == "steps" and training.save_steps <= 0:
-        raise ValueError(f"--save_steps {training.save_steps:g}; accepted: above 0")
-
-
-def _check_probe(training: TrainingArguments) -> None:
-    for name in ("probe_samples", "probe_steps"):
-        if getattr(training, name) < 0:
-            raise ValueError(f"--{name} {getattr(training, name)}; accepted: 0 or more")
-    if training.probe_samples and not training.probe_steps and not training.do_eval:
-        raise ValueError(
-            f"--probe_samples {training.probe_samples} needs --probe_steps, or a validation "
-            "(--eval_strategy) to take place at"
-        )
 
 
 def parse_pinpoints(text: str | None, tile_size: int) -> list[list[int]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from llava.model.builder import (
     quantisation,
 )
 from llava.model.checkpoint_layout import BASE_KEY, inspect_checkpoint, resolve_folder
+from llava.model.multimodal_encoder.builder import read_structure, tower_structure
+from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizers import read_tokenizer
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
@@ -346,3 +349,62 @@ def check_plan(model_args: ModelArguments) -> None:
     plan.validate(layers)
     if plan.program is not None:
         plan.program.validate(layers, heads)
+
+
+def check_vision(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> None:
+    """ValueError for a tower that cannot be read, a layer that it does not have, a projector that
+    does not fit between it and the base, a context without room for a picture, or sizes of tiles
+    that are none; from config files and the projector's own file alone."""
+    folder, raw = read_config(model_args)
+    asked = replace(model_args)
+    keep_checkpoint_settings(asked, SimpleNamespace(**raw))
+    name = asked.vision_tower
+    if not name:
+        return
+    if name == raw.get("mm_vision_tower"):
+        structure = raw.get("mm_vision_config") or tower_structure(name, folder)
+    else:
+        structure = read_structure(name)
+    layers = structure.get("num_hidden_layers")
+    if isinstance(layers, int) and not -layers - 1 <= asked.mm_vision_select_layer <= layers:
+        raise ValueError(
+            f"--mm_vision_select_layer {asked.mm_vision_select_layer}: the tower {name} has "
+            f"{layers} layers; accepted: {-layers - 1} to {layers}"
+        )
+    shape = SimpleNamespace(
+        mm_projector_type=asked.mm_projector_type,
+        mm_hidden_size=structure.get("hidden_size"),
+        hidden_size=raw.get("hidden_size"),
+    )
+    with torch.device("meta"):
+        projector = build_vision_projector(shape)
+    if asked.pretrain_mm_mlp_adapter:
+        check_adapter(asked.pretrain_mm_mlp_adapter, projector)
+    side, patch = structure.get("image_size"), structure.get("patch_size")
+    if isinstance(side, int) and isinstance(patch, int):
+        check_max_length(training_args.model_max_length, (side // patch) ** 2)
+    if data_args.image_aspect_ratio == "anyres":
+        parse_pinpoints(data_args.image_grid_pinpoints, side or 1)
+
+
+def check_adapter(path: str, projector: torch.nn.Module) -> None:
+    """ValueError unless a file holds weights of these names and shapes, as a projector stage writes
+    them. projector: on the meta device."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be loaded as a projector: {error}") from error
+    marker = "mm_projector."
+    shapes = {
+        key.split(marker, 1)[1]: tuple(value.shape)
+        for key, value in (found.items() if isinstance(found, dict) else ())
+        if marker in str(key) and isinstance(value, torch.Tensor)
+    }
+    wanted = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    if shapes != wanted:
+        raise ValueError(
+            f"{path} is no projector for this tower, base and --mm_projector_type: it holds "
+            f"{shapes or 'none'}, needed is {wanted}"
+        )

@@ -38,6 +38,7 @@ from llava.train.dataset import (
 )
 from llava.train.dual_speed import dual_speed_of
 from llava.train.files import check_checkpoint, reading, saving
+from llava.train.flag_checks import check_environment
 from llava.train.llava_trainer import LLaVATrainer, data_seed
 from llava.train.preprocess import training_template
 from llava.train.records import Records, parse_sources
@@ -48,6 +49,7 @@ from llava.train.setup import (
     add_image_tokens,
     add_lora,
     check_plan,
+    check_vision,
     freeze,
     load_model,
     load_tokenizer,
@@ -135,6 +137,7 @@ def make_trainer(
     set_seed(training_args.seed)
     transformers.utils.logging.disable_progress_bar()
     check_plan(model_args)
+    check_vision(model_args, data_args, training_args)
     transformers.utils.logging.set_verbosity_error()  # what it warns of is judged by check_parts
     tokenizer = load_tokenizer(model_args, training_args.model_max_length)
     try:
@@ -226,6 +229,7 @@ def told(
 
 def start_processes(training_args: TrainingArguments) -> None:
     """Join the other ranks before the model is made: ZeRO-3 spreads it over them from the start."""
+    check_environment(bool(training_args.deepspeed))
     device = training_args.device  # asking for it starts the process group
     if training_args.deepspeed:
         import deepspeed
@@ -261,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         estimate.main(arguments)
         return
     run_without_plan(arguments)
+    check_environment()
     model_args, data_args, training_args = parse_args(arguments)
     summary = train(model_args, data_args, training_args)
     if summary and training_args.process_index == 0:

@@ -423,6 +423,8 @@ def test_dry_run_prints_what_is_learned(files, base, tmp_path, capsys):
         ({"layer_list": "__import__('os')", "image_token_ratio_list": "[0.5]"}, "__import__"),
         ({"reduction": "simignore:keep=2,text=options"}, "sample 1 (id 1): has no text 'options'"),
         ({"pretrain_mm_mlp_adapter": __file__}, "cannot be loaded as a projector"),
+        ({"mm_vision_select_layer": -9}, "has 2 layers; accepted: -3 to 2"),
+        ({"mm_projector_type": "mlp"}, "mm_projector_type 'mlp' is unknown"),
         ({"attn_implementation": "nonsense"}, "nonsense"),
         ({"packed": True, "attn_implementation": "flex_attention"}, "would mix the samples"),
         ({"optim": "nonsense"}, "nonsense"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import os
 import re
@@ -12,7 +14,15 @@ import pytest
 import torch
 
 from llava.train import arguments, legacy_flags
-from llava.train.arguments import ModelArguments, parse_args, parse_pinpoints, usable_reports
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_args,
+    parse_pinpoints,
+    usable_reports,
+)
+from llava.train.flag_checks import RANGES, check_environment
 
 BASE = ["--model_name_or_path", "base", "--data_path", "data.json"]
 
@@ -196,11 +206,113 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
         (["--label_mode", "guess"], "label_mode"),
         (["--train_sampling_strategy", "batch_rebalance"], "accepted: random, sequential"),
         (["--token_budget", "-1", "--packed", "True"], "token_budget -1; accepted: 0"),
+        (["--layer_list", "[1,", "2]"], "a list with spaces needs quotes"),
+        (["--bf16", "True", "--fp16", "True"], "exclude each other"),
+        (["--reduction", " "], '--reduction is empty; give a plan, or "none"'),
+        (["--max_steps", "0"], "max_steps 0; accepted: 1 or more, or -1"),
+        (["--num_train_epochs", "0"], "nothing to do"),
+        (["--label_smoothing_factor", "0.1"], "plain cross-entropy"),
+        (["--prediction_loss_only", "False"], "computes the loss only"),
+        (["--image_aspect_ratio", "round"], "image_aspect_ratio round; accepted: square, pad"),
+        (["--mm_patch_merge_type", "heap"], "mm_patch_merge_type heap; accepted: flat"),
+        (["--optim", "sgdx"], "sgdx"),
+        (
+            ["--tune_mm_mlp_adapter", "True", "--mm_tunable_parts",
+             "mm_mlp_adapter,mm_language_model"],
+            "saves the projector alone; leave it out",
+        ),
+        (
+            ["--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"],
+            "leave out --freeze_mm_mlp_adapter",
+        ),
+        (
+            ["--tune_mm_mlp_adapter", "True", "--unfreeze_mm_vision_tower", "True"],
+            "leave out --unfreeze_mm_vision_tower",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_done_is_named(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, *flags)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_figures_out_of_their_range_are_named(tmp_path, name):
+    """What is no number, and one beyond either end that the range has."""
+    accepted = RANGES[name]
+    field = next(
+        f for group in (ModelArguments, DataArguments, TrainingArguments)
+        for f in dataclasses.fields(group) if f.name == name
+    )  # fmt: skip
+    whole = "float" not in str(field.type)
+    wrong = [accepted.low - 1] if accepted.ends[0] == "[" else [accepted.low]
+    wrong += [accepted.high + 1] if accepted.high < float("inf") else []
+    wrong += [] if whole else [float("nan"), float("inf")]
+    for value in wrong:
+        text = str(int(value)) if whole else str(value)
+        with pytest.raises(ValueError, match=name):
+            parse(tmp_path, f"--{name}={text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("", "is not JSON"),
+        ('{"a": 1}'.encode("utf-16"), "is no text"),
+        (None, "there is no such file"),
+        ('{"zero_optimization": {"stage": 9}}', "give an object with a stage of 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": "two"}}', "give an object with a stage"),
+        ('{"zero_optimization": [2]}', "give an object with a stage"),
+    ],
+)
+def test_settings_are_json_objects(tmp_path, text, message):
+    file = tmp_path / "settings.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    names = ["deepspeed"]
+    if "stage" not in message:
+        names += ["lr_scheduler_kwargs", "accelerator_config", "gradient_checkpointing_kwargs"]
+    for name in names:
+        with pytest.raises(ValueError, match=f"--{name} .*{message}"):
+            parse(tmp_path, f"--{name}", str(file))
+
+
+def test_flags_without_their_partner_are_said(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="llava"):
+        parse(tmp_path, "--lora_r", "8", "--image_grid_pinpoints", "[[1,1]]")
+        parse(tmp_path, "--mm_vision_tower_lr", "1e-5", "--freeze_mm_mlp_adapter", "True")
+    said = [record.message for record in caplog.records if "no effect" in record.message]
+    assert said == [
+        "--lora_r has no effect without --lora_enable True",
+        "--image_grid_pinpoints has no effect without --image_aspect_ratio anyres",
+        "--mm_vision_tower_lr has no effect without --unfreeze_mm_vision_tower True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "deepspeed", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, False, "RANK is 'x'; accepted: a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, False, "WORLD_SIZE is '-2'"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, False, "RANK=5 does not fit WORLD_SIZE=2"),
+        ({"MASTER_PORT": "99999"}, False, "MASTER_PORT is '99999'; accepted: 1 to 65535"),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, False, "scripts/slurm/task.sh"),
+        ({}, True, "--deepspeed needs a launcher; start with: torchrun"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, True, None),
+    ],
+)
+def test_launchers_variables_are_judged_before_anybody_waits(
+    monkeypatch, variables, deepspeed, message
+):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_environment(deepspeed)
 
 
 def test_data_and_base_are_needed(tmp_path):

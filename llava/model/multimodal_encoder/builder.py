@@ -108,9 +108,9 @@ def vision_config(config: Any, name: str) -> dict[str, Any]:
     return {**structure, **tower_class(config.model_type, name).settings}
 
 
-def read_tower(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    """(vision config as a dict, weights, image processor) of a tower in its own folder or on the
-    hub. ValueError when it cannot be read, or lacks a weight."""
+def read_structure(name: str) -> dict[str, Any]:
+    """The vision config, as a dict, of a tower in its own folder or on the hub. ValueError when it
+    cannot be read, or is of another kind."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -118,6 +118,12 @@ def read_tower(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
             f"vision tower {name!r} cannot be read; give a folder with config.json, weights and "
             f"preprocessor_config.json, or a hub id ({str(error).splitlines()[0]})"
         ) from error
-    structure = vision_config(config, name)
-    model, processor = tower_class(config.model_type, name).read(name)
+    return vision_config(config, name)
+
+
+def read_tower(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """(vision config as a dict, weights, image processor) of a tower in its own folder or on the
+    hub. ValueError when it cannot be read, or lacks a weight."""
+    structure = read_structure(name)
+    model, processor = tower_class(structure["model_type"], name).read(name)
     return structure, model.state_dict(), processor
