@@ -61,7 +61,7 @@ def _commands(page):
                 if re.match(START, command):
                     yield command, False
     for span in _spans(page):
-        if re.match(START + " ", span):
+        if re.match(START + " ", span) and "<" not in span:
             yield span, True
 
 
