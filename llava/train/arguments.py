@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import netrc
@@ -30,7 +31,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llava.reduction.plan import ReductionPlan, plan_from_flags
-from llava.train import legacy_flags
+from llava.train import flag_help, legacy_flags
 from llava.train.flag_checks import check_figures, check_flags, read_settings
 from llava.train.fsdp import fsdp_settings
 from llava.utils import get_logger
@@ -251,7 +252,8 @@ class TrainingArguments(transformers.TrainingArguments):
     dual_speed_isolator: int = 4
     """DualSpeed: learned tokens in front of a picture that tell the model it is under the plan."""
     estimate: bool = False
-    """Predict memory and time from the config alone, and stop; --estimate --help has more flags."""
+    """Predict memory and time from the config alone, and stop; its own flags, such as --world_size:
+    docs/Train.md."""
     compare_steps: int = 0
     """Measure this many steps without the plan first, and end with what the plan saves."""
     peak_tflops: float | None = None
@@ -453,18 +455,20 @@ class _Parser(HfArgumentParser):
         words = legacy_flags.translate(sys.argv[1:] if args is None else args)
         return super().parse_known_args(words, namespace)
 
+    def format_help(self, everything: bool = False) -> str:
+        formatter = flag_help.Formatter(self.prog)
+        epilog = legacy_flags.epilog()
+        return flag_help.page(self._actions, formatter, self.prog, everything, epilog)
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists all flags)")
+        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def build_parser() -> HfArgumentParser:
-    """The parser of ``python -m llava.train.train``."""
-    return _Parser(
-        (ModelArguments, DataArguments, TrainingArguments),
-        prog="python -m llava.train.train",
-        description="Train a LLaVA model with or without visual token reduction.",
-        epilog=legacy_flags.epilog(),
-    )
+    """The parser of ``llava train``."""
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train")
+    parser.add_argument("--help_all", action=flag_help.HelpAll, help="every flag there is")
+    return parser
 
 
 def group_of(group: type[T], flags: Any) -> T:
@@ -486,8 +490,7 @@ def parse_args(
         look_for_args_file=False,
     )
     if unknown:
-        words = "" if unknown[0].startswith("-") else "a list with spaces needs quotes; "
-        raise ValueError(f"unknown flag(s): {' '.join(unknown)} ({words}--help lists all flags)")
+        raise ValueError(f"unknown flag(s): {' '.join(unknown)}{_meant(unknown)}")
     if not data.data_path:
         raise ValueError("--data_path is needed")
     if (model.model_name_or_path is None) == (model.init_from_config is None):
@@ -497,6 +500,15 @@ def parse_args(
     check_flags(model, data, training)
     model.plan()
     return model, data, training
+
+
+def _meant(words: Sequence[str]) -> str:
+    """What the first of some unknown words may have been."""
+    if not words[0].startswith("-"):
+        return " (a list with spaces needs quotes)"
+    known = [name for action in build_parser()._actions for name in action.option_strings]
+    like = difflib.get_close_matches(words[0].partition("=")[0], known, n=1)
+    return f"; did you mean {like[0]}?" if like else " (--help_all lists all flags)"
 
 
 def parse_pinpoints(text: str | None, tile_size: int) -> list[list[int]]:

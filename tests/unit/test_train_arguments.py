@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from llava.train import arguments, legacy_flags
+from llava.train import arguments, flag_help, legacy_flags
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -94,8 +95,30 @@ def test_legacy_flags_keep_name_type_and_default(name: str, tmp_path):
         assert (found, type(found)) == (wanted, type(wanted))
 
 
-def test_help_documents_every_legacy_flag():
-    said = " ".join(arguments.build_parser().format_help().split())
+def test_help_has_every_flag_of_ours_once_under_its_subject():
+    theirs = transformers.TrainingArguments.__dataclass_fields__
+    ours = {
+        name
+        for part in (
+            arguments.ModelArguments, arguments.DataArguments, arguments.TrainingArguments
+        )
+        for name, field in part.__dataclass_fields__.items()
+        if name not in theirs or field.metadata.get("help") != theirs[name].metadata.get("help")
+    }  # fmt: skip
+    shown = [name for names in flag_help.SUBJECTS.values() for name in names.split()]
+    listed = [*shown, *flag_help.OLD.split()]
+    parser = arguments.build_parser()
+    assert len(listed) == len(set(listed))
+    assert ours <= set(listed) <= {action.dest for action in parser._actions}
+    assert set(flag_help.TEXTS) <= set(shown)
+    page = parser.format_help()
+    for name in shown:
+        assert len(re.findall(rf"^  --{name}\b", page, re.M)) == 1, name
+    assert len(page.splitlines()) < 250
+
+
+def test_help_of_all_documents_every_legacy_flag():
+    said = " ".join(arguments.build_parser().format_help(everything=True).split())
     for name in (*LEGACY, *legacy_flags.RENAMED, *legacy_flags.REFUSED):
         assert re.search(rf"--{name}\b", said), name
     for action in arguments.build_parser()._actions:
@@ -197,7 +220,8 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
         (["--fsdp", "full_shard", "--fsdp_config", '{"version": 1}'], "accepted: version 2"),
         (["--fsdp", "full_shard", "--deepspeed", "{}"], "exclude each other"),
         (["--warmup_ratio", "3"], "warmup_ratio 3.0"),
-        (["--lyer_list", "[1]"], "unknown flag"),
+        (["--lyer_list", "[1]"], "unknown flag.*did you mean --layer_list?"),
+        (["--zzzz", "1"], "--help_all lists all flags"),
         (["--reduction", "none", "--layer_list", "[1]"], "exclude each other"),
         (["--image_token_ratio_list", "[1]"], "belong together"),
         (["--init_from_config", "x"], "give one of"),
