@@ -14,8 +14,9 @@ from typing import Any
 SUBJECTS: dict[str, str] = {
     "model": """
         model_name_or_path init_from_config tokenizer_path vision_tower version
-        pretrain_mm_mlp_adapter mm_projector_type mm_vision_select_layer mm_vision_select_feature mm_patch_merge_type
-        mm_use_im_start_end mm_use_im_patch_token attn_implementation""",
+        pretrain_mm_mlp_adapter mm_projector_type mm_vision_select_layer
+        mm_vision_select_feature mm_patch_merge_type mm_use_im_start_end mm_use_im_patch_token
+        attn_implementation""",
     "plan (visual tokens that leave)": """
         layer_list image_token_ratio_list reduction compare_steps""",
     "what is trained": """
@@ -33,7 +34,8 @@ SUBJECTS: dict[str, str] = {
         group_by_modality_length group_by_length train_sampling_strategy loss_mean""",
     "steps and learning rate": """
         num_train_epochs max_steps learning_rate mm_projector_lr mm_vision_tower_lr
-        lr_scheduler_type warmup_ratio warmup_steps weight_decay optim max_grad_norm seed data_seed""",
+        lr_scheduler_type warmup_ratio warmup_steps weight_decay optim max_grad_norm
+        seed data_seed""",
     "devices and memory": """
         deepspeed fsdp fsdp_config bf16 tf32 gradient_checkpointing use_cpu full_determinism
         estimate""",

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from llava.model.multimodal_prep import tile_counts
 from llava.reduction import ReductionPlan, flops
 from llava.reduction.flops import TERA, ModelShape
 from llava.reduction.plan import resolve_plan
@@ -327,12 +328,9 @@ class Meter:
 
 
 def count_tiles(images: Any) -> int:
-    """Tiles in a batch's pictures: [n, 3, H, W] or a list of [3, H, W] and [tiles, 3, H, W]."""
-    if images is None:
-        return 0
-    if isinstance(images, torch.Tensor):
-        return len(images)
-    return sum(1 if image.dim() == 3 else len(image) for image in images)
+    """Tiles in a batch's pictures, as `tile_counts` knows them; a picture that is not tiled is
+    one."""
+    return sum(1 if tiles is None else tiles for tiles in tile_counts(images))
 
 
 def meter_of(model: nn.Module, args: Any) -> Meter:

@@ -104,6 +104,7 @@ def test_the_tower_counts_its_backward_where_it_is_trained():
         cost = BatchCost(shape, ReductionPlan(), frozenset(trained), checkpointing)
         assert cost.tower(2) == passes[0] * tower + passes[1] * projector
     assert count_tiles(torch.zeros(3, 3, 8, 8)) == 3
+    assert count_tiles(torch.zeros(2, 5, 3, 8, 8)) == 10  # the same number of tiles in each
     assert count_tiles([torch.zeros(3, 8, 8), torch.zeros(5, 3, 8, 8)]) == 6
     assert count_tiles(None) == 0
 
