@@ -27,6 +27,7 @@ from llava.constants import IGNORE_INDEX
 from llava.train.callbacks import FollowEpochs, OneCurve, ProgressLines
 from llava.train.dual_speed import DualSpeed, without_isolator
 from llava.train.files import saving
+from llava.train.frozen import FROZEN_FILE, check_frozen, hashes, left_out, may_be_missing
 from llava.train.fsdp import STATE_FOLDER, load_state, save_state, shard_on_cpu
 from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
@@ -53,7 +54,7 @@ from llava.train.saving import (
     staging_folder,
 )
 from llava.train.telemetry import REPLACED, meter_of
-from llava.utils import atomic_write, get_logger
+from llava.utils import atomic_write, get_logger, json_dump
 
 logger = get_logger(__name__)
 
@@ -87,6 +88,10 @@ class LLaVATrainer(Trainer):
         self.dual_speed = dual_speed
         self.checkpoints_go_to: Path | None = None
         self.resume = resume
+        self.frozen: dict[str, Any] | None = None
+        """Hashes of the frozen weights, once they are known."""
+        if self.is_deepspeed_enabled:
+            may_be_missing(self.model)
         self.image_processor = image_processor
         self.projector_only = projector_only
         self.adapters = adapters
@@ -315,6 +320,8 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+            if not self.args.save_only_model:
+                self._note_frozen(written)
         except BaseException:
             if self.is_local_process_zero():  # room for others on a full disk
                 shutil.rmtree(home / STAGING, ignore_errors=True)
@@ -333,6 +340,12 @@ class LLaVATrainer(Trainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(home), self.args.save_total_limit, best, use_mtime=True)
 
+    def _note_frozen(self, folder: Path) -> None:
+        if self.frozen is None:
+            self.frozen = hashes(self.model)
+        if self.frozen and self.args.should_save:
+            json_dump(folder / FROZEN_FILE, self.frozen)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = self.checkpoints_go_to
         return super()._get_output_dir(trial) if folder is None else str(folder)
@@ -346,22 +359,30 @@ class LLaVATrainer(Trainer):
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            save_state(self.model, self.optimizer, output_dir)
+        elif self.is_deepspeed_enabled:
+            with left_out(self.model):
+                self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_state(self.model, self.optimizer, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / STATE_FOLDER).is_dir():
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and is_universal(self.args):
-                restore_groups(self.optimizer, self.lr_scheduler, self.decays)
+        if checkpoint is None:
             return
-        load_state(self.model, self.optimizer, checkpoint)
-        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(schedule)
+        folder = Path(checkpoint)
+        if (folder / STATE_FOLDER).is_dir():
+            load_state(self.model, self.optimizer, folder)
+            schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if is_universal(self.args):
+                restore_groups(self.optimizer, self.lr_scheduler, self.decays)
+        self.frozen = check_frozen(self.model, folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -77,11 +77,17 @@ def _write_small(trainer: Any, folder: Path) -> None:
             read_tokenizer(written)
 
 
+def is_zero3(args: Any) -> bool:
+    """Whether DeepSpeed splits the weights of this run."""
+    settings = getattr(args, "hf_deepspeed_config", None)
+    return settings is not None and settings.is_zero3()
+
+
 def check_gathering(trainer: Any) -> None:
     """ValueError for ZeRO-3 that would leave shards and no weights that can be loaded."""
-    settings = getattr(trainer.args, "hf_deepspeed_config", None)
-    if settings is None or not settings.is_zero3():
+    if not is_zero3(trainer.args):
         return
+    settings = trainer.args.hf_deepspeed_config
     if trainer.projector_only or trainer.adapters is not None:
         return  # these put their weights together themselves
     for name in ("stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save"):
@@ -122,26 +128,29 @@ class Sizes(NamedTuple):
 
 
 def sizes(trainer: Any) -> Sizes:
-    """What will be written, from the parameters, their types and the optimizer."""
+    """What will be written, from the parameters, their types and the optimizer. Frozen weights are
+    in the model's own files alone, and where that is a part of the model in none."""
     args = trainer.args
     sharded = bool(args.deepspeed) or bool(getattr(trainer, "is_fsdp_enabled", False))
     half = bool(args.deepspeed) and (args.bf16 or args.fp16)  # its engine turns the weights into it
     seen: set[int] = set()
-    everything = saved = trained = 0
+    saved = trained = trained_bytes = 0
     for name, value in trainer.model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or _identity(value) in seen:
             continue
         seen.add(_identity(value))
         count = int(getattr(value, "ds_numel", value.numel()))
         size = count * (2 if half and value.is_floating_point() else value.element_size())
-        everything += size
         saved += size if _is_saved(trainer, name, value) else 0
         trained += count if value.requires_grad else 0
+        trained_bytes += size if value.requires_grad else 0
     name = str(getattr(args.optim, "value", args.optim)).lower()
     per_weight = next((size for part, size in STATE_BYTES.items() if part in name), 8)
     state = trained * (per_weight + (4 if args.deepspeed else 0))  # its float32 copies
-    resumable = 0 if args.save_only_model else state + (everything if sharded else 0)
-    largest = max(min(saved, 50 * 10**9), 0 if sharded or args.save_only_model else state)
+    if sharded and not is_zero3(args):  # ZeRO-3 keeps the float32 copies alone
+        state += trained_bytes
+    resumable = 0 if args.save_only_model else state
+    largest = max(min(saved, 50 * 10**9), resumable // (args.world_size if sharded else 1))
     return Sizes(saved, saved + resumable, largest)
 
 
@@ -196,6 +205,10 @@ def check_space(trainer: Any) -> None:
     existing = len(list(folder.glob("checkpoint-*")))
     needed = max(needed_bytes(size, planned, existing, args.save_total_limit), size.model)
     free = shutil.disk_usage(folder).free
+    logger.info(
+        "%d checkpoint(s) of %s GB, the model %s GB, free %s GB",
+        planned, _gb(size.checkpoint), _gb(size.model), _gb(free),
+    )  # fmt: skip
     if needed > free:
         raise OSError(
             f"the run needs {_gb(needed)} GB and {_gb(free)} GB are available: {planned} "

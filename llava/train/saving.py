@@ -40,11 +40,10 @@ def gathered_parameters(
         keep = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
+        name = plain_name(name)
         if not wanted(name):
             continue
-        with _whole(parameter) as tensor:
+        with whole(parameter) as tensor:
             if keep:
                 found[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return found
@@ -53,8 +52,15 @@ def gathered_parameters(
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put in."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
 @contextlib.contextmanager
-def _whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+def whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     """The parameter's full tensor, on all ranks, for the time of the block."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters

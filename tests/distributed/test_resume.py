@@ -1,13 +1,17 @@
 """Two ranks are killed at a random step or while they save, and go on: bit for bit the undisturbed
-run, under every engine and in every stage; and with another number of ranks the same curve.
+run, under every engine and in every stage; and with another number of ranks the same curve. What a
+run does not train is in no engine's part of a checkpoint, and can come from its own base alone.
 
 The step is drawn from a seed that a failure prints; ``LLAVA_KILL_SEED=N`` repeats it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from two_ranks import Ranks, command, losses, need_deepspeed, recipe, weights
 
 CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
@@ -72,11 +77,91 @@ def test_killed_and_resumed_is_undisturbed(
     found, expected = weights(out), weights(tmp_path / "whole")
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    frozen = held_as_frozen(out / "checkpoint-8")
+    assert ("model.layers.0.mlp.up_proj" in str(frozen)) == ("," in case)
+    assert any("vision_tower" in name for name in frozen)
     if "lora_dropout" not in flags:  # with dropout one rank draws other numbers
         one_rank_goes_on(ranks, tmp_path, {**flags, "gradient_accumulation_steps": 2})
     if "fsdp" in flags:  # each rank has written its own share
         shares = {path.name[:4] for path in out.glob("checkpoint-8/fsdp_state/*.distcp")}
         assert shares == {"__0_", "__1_"}
+
+
+def held_as_frozen(checkpoint: Path) -> set[str]:
+    """Names of the weights that the checkpoint says are frozen; DeepSpeed's part of it holds none
+    of them."""
+    frozen = set(json.loads((checkpoint / "frozen.json").read_text()))
+    assert not frozen & engine_weights(checkpoint)
+    return frozen
+
+
+def engine_weights(checkpoint: Path) -> set[str]:
+    """Names of all weights of which DeepSpeed's part of a checkpoint holds something."""
+    found: set[str] = set()
+    for file in checkpoint.glob("global_step*/*_states.pt"):
+        state = torch.load(file, weights_only=False)
+        found |= {key for key, value in state.get("module", {}).items() if value.numel()}
+        found |= set(state.get("frozen_param_fragments") or ())
+        for shapes in state.get("param_shapes") or ():
+            found |= set(shapes)
+    return found
+
+
+@pytest.mark.slow
+def test_frozen_weights_come_from_the_base(start: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """ZeRO-3 with LoRA. A checkpoint as they were written before holds the base, so its run goes on
+    over another one; those that it writes then do not, so theirs goes on over its own alone. Two
+    ranks, then one."""
+    need_deepspeed()
+    lora = {**CASES["zero3"], **LORA, **RUN, "lora_dropout": 0.0}
+    flags = recipe(start, {**lora, "max_steps": 6, "save_total_limit": 3})
+    shutil.copytree(start / "base", tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    changed = "model.layers.2.mlp.up_proj.weight"
+    tensors[changed][0, 0] += 1e-3
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    other = {**flags, "model_name_or_path": tmp_path / "other"}
+    changed = changed.replace(".weight", ".base_layer.weight")  # beside its adapter
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    before = {"step": 0, "where": "as before"}
+    assert ranks.codes(command(**flags, output_dir=whole), kill=before) == [0, 0], ranks.logs()
+    assert changed in engine_weights(whole / "checkpoint-2")
+    resume = {"resume_from_checkpoint": whole / "checkpoint-2"}
+    ranks.run(command(**{**other, **resume}, output_dir=run))
+    assert losses(run) == losses(whole)
+    found, expected = weights(run), weights(whole)
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+    middle = {"resume_from_checkpoint": run / "checkpoint-4", "gradient_accumulation_steps": 2}
+    assert changed in held_as_frozen(run / "checkpoint-4")
+    ranks.run(command(**{**flags, **middle}, output_dir=tmp_path / "one rank"), ranks=1)
+    assert losses(tmp_path / "one rank") == pytest.approx(losses(whole), abs=1e-5)
+    last = command(**{**other, **middle}, output_dir=tmp_path / "last")
+    assert ranks.codes(last, ranks=1) == [2, 0]
+    assert "trained over other frozen weights: 1 of" in ranks.logs()[0]
+    assert f"e.g. {changed}" in ranks.logs()[0]
+
+
+@pytest.mark.slow
+def test_the_space_that_is_asked_for_leaves_the_base_out(
+    start: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    need_deepspeed()
+    config = json.loads((start / "config" / "config.json").read_text())
+    shutil.copytree(start / "config", tmp_path / "config")
+    config |= {"hidden_size": 256, "intermediate_size": 512}
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+    flags = {**RUN, "deepspeed": "scripts/zero2.json", "tune_mm_mlp_adapter": True, "max_steps": 2}
+    flags |= {"model_name_or_path": None, "init_from_config": tmp_path / "config"}
+    flags = {**recipe(start, RUN), **flags, "pretrain_mm_mlp_adapter": None}
+    log = ranks.run(command(**flags, output_dir=tmp_path / "out"), ranks=1)
+    asked = re.search(r"1 checkpoint\(s\) of ([\d.]+) GB, the model ([\d.]+) GB", log)
+    files = (tmp_path / "out" / "checkpoint-2").rglob("*")
+    written = sum(file.stat().st_size for file in files if file.is_file())
+    base = 4 * 1_700_000  # in float32
+    assert 1e9 * float(asked[1]) == pytest.approx(written, abs=0.03 * base)
+    assert 1e9 * float(asked[2]) < 1e9 * float(asked[1]) < base / 4
 
 
 def one_rank_goes_on(ranks: Ranks, folder: Path, flags: dict[str, Any]) -> None:

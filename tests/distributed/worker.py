@@ -23,6 +23,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
+
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import main
 
@@ -32,9 +34,14 @@ RANK = os.environ["RANK"]
 def go_wrong_at(step: int, where: str, rank: int | None = None) -> None:
     """From now on the process kills itself in front of training step `step` ("step"), or while the
     checkpoint behind it is being written ("saving"); or it gets SIGUSR1 ("signal"), or a layer
-    gives what is not finite ("nan"), or a folder cannot be written ("unwritable").
+    gives what is not finite ("nan"), or a folder cannot be written ("unwritable"); or checkpoints
+    hold the frozen weights, as they once did ("as before").
     rank: the only one that this happens to."""
     if rank is not None and rank != int(RANK):
+        return
+    if where == "as before":
+        LLaVATrainer._save_optimizer_and_scheduler = Trainer._save_optimizer_and_scheduler
+        LLaVATrainer._note_frozen = lambda *_: None
         return
     method = "_save_rng_state" if where in ("saving", "unwritable") else "training_step"
     original = getattr(LLaVATrainer, method)
