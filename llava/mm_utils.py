@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import functools
 import math
 import os
 import re
@@ -390,12 +391,14 @@ def _chunks(prompt: str, tokenizer: Any) -> list[tuple[str, int]]:
     for chunk in prompt.split(DEFAULT_IMAGE_TOKEN):
         chunks.append((chunk, place))
         place += len(chunk) + len(DEFAULT_IMAGE_TOKEN)
-    if any(chunk.startswith(" ") for chunk, _ in chunks) and _swallows_space(tokenizer):
+    if any(chunk.startswith(" ") for chunk, _ in chunks) and swallows_space(tokenizer):
         chunks = [(" " + c, at - 1) if c.startswith(" ") else (c, at) for c, at in chunks]
     return chunks
 
 
-def _swallows_space(tokenizer: Any) -> bool:
+@functools.lru_cache(maxsize=8)
+def swallows_space(tokenizer: Any) -> bool:
+    """Whether a space at the very front of a text leaves no trace in its ids."""
     return tokenizer(" a").input_ids == tokenizer("a").input_ids
 
 

@@ -159,7 +159,8 @@ class DataArguments:
     skip_samples: str | None = None
     """List of samples to leave out, as llava data check-train --skip_list writes it."""
     image_cache_mb: int = 0
-    """Keep up to this many MB of processed pictures in memory (small data read many times)."""
+    """Keep up to this many MB of processed pictures in memory, in each data worker of each rank
+    (small data read many times)."""
     cache_text: bool = False
     """Keep tokenised samples in memory (small data read many times)."""
     dry_run_data: int = 0

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava.model.multimodal_encoder.builder import tower_config, tower_structure
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.reduction.plan import ReductionPlan
 from llava.sequence import Group, Layout
@@ -36,7 +37,7 @@ from llava.train.arguments import ModelArguments, parse_pinpoints
 from llava.train.dataset import ImageReader, LazySupervisedDataset, Measured
 from llava.train.preprocess import ANSWER_NAMES, check_turns, count_image_marks, training_template
 from llava.train.records import Records, image_names
-from llava.train.setup import load_tokenizer
+from llava.train.setup import load_tokenizer, read_config
 from llava.train.token_counts import in_workers
 from llava.utils import environment, json_dump, user_errors
 
@@ -145,7 +146,7 @@ def turn_problems(turns: Any, images: int | None) -> list[tuple[str, str]]:
     except ValueError as error:
         return [("turns", str(error))]
     problems = []
-    marks = count_image_marks(turns)
+    marks = count_image_marks(kept)
     answers = [turn["value"] for turn in kept if turn["from"] in ANSWER_NAMES]
     if images is not None and marks != images:
         problems.append(("image_marks", f"{marks} <image> marks, {images} pictures"))
@@ -314,22 +315,20 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 # ----------------------------------------------------------------------------- command
 def picture_settings(args: argparse.Namespace) -> ImageReader:
     """What is needed to count visual tokens; the geometry is the tower's, CLIP-L/14 at 336 pixels
-    without --vision_tower. Pictures are not processed with it."""
-    side, patch = 336, 14
-    if args.vision_tower:
-        file = Path(args.vision_tower) / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"no config.json in the tower's folder: {args.vision_tower}")
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config = config.get("vision_config", config)
-        side, patch = int(config["image_size"]), int(config["patch_size"])
+    without --vision_tower. Pictures are not processed with it. ValueError for a tower that cannot
+    be read."""
+    name = args.vision_tower or "openai/clip-vit-large-patch14-336"
+    tower = tower_config(tower_structure(name), name)
+    side = tower.image_size
     settings = SimpleNamespace(
         image_aspect_ratio=args.image_aspect_ratio,
         mm_patch_merge_type=args.mm_patch_merge_type,
         image_grid_pinpoints=parse_pinpoints(args.image_grid_pinpoints, side),
     )
     processor = SimpleNamespace(crop_size={"height": side, "width": side})
-    return ImageReader(processor, settings, side // patch, folder=args.image_folder or "")
+    return ImageReader(
+        processor, settings, side // tower.patch_size, folder=args.image_folder or ""
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -343,7 +342,8 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_argument("--tokenizer_path", help="folder of the tokenizer, if it is not the model's")
     flags.add_argument("--version", default="v1", help="conversation template (default v1)")
     flags.add_argument("--model_max_length", type=int, default=2048, help="default 2048")
-    flags.add_argument("--vision_tower", help="folder of the tower (default: CLIP-L/14, 336 px)")
+    flags.add_argument("--vision_tower", help="folder (or hub id) of the tower (default: "
+                       "CLIP-L/14, 336 px)")  # fmt: skip
     flags.add_argument("--image_aspect_ratio", default="pad", help="square, pad (default), anyres")
     flags.add_argument("--mm_patch_merge_type", default="flat", help="flat, spatial, spatial_unpad")
     flags.add_argument("--image_grid_pinpoints", help="anyres: sizes to choose from")
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = ModelArguments(args.model_name_or_path, tokenizer_path=args.tokenizer_path)
         tokenizer = load_tokenizer(named, args.model_max_length)
     if args.model_name_or_path and not args.num_layers:
-        layers = _layers_of(args.model_name_or_path)
+        layers = int(read_config(ModelArguments(args.model_name_or_path))[1]["num_hidden_layers"])
     if plan is not None:
         plan.validate(layers)
     if args.image_folder and not Path(args.image_folder).is_dir():
@@ -393,13 +393,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         listed = {"data_hash": report["data_hash"], "samples": report["bad_samples"]}
         json_dump(args.skip_list, listed)
     return 1 if report["bad_samples"] else 0
-
-
-def _layers_of(model: str) -> int:
-    """Layers of a model folder; 32 for one that is not on disk."""
-    file = Path(model) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return int(config.get("num_hidden_layers", 32))
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ MAX_WARNINGS = 10
 
 
 # ------------------------------------------------------------------------------------------ images
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ImageReader:
     """Opens and processes the pictures of a sample.
 
     `image_processor` and `model_cfg` are the tower's and the model's (aspect ratio, pinpoints,
-    merge type); `patches_per_side` is the tower's. `cache_mb` > 0 keeps processed pixels in memory
-    until that much is used (for small data that is read many times).
+    merge type); `patches_per_side` is the tower's. `cache_mb` > 0 keeps processed pixels in the
+    memory of this process until that much is used (for small data that is read many times).
     """
 
     image_processor: Any
@@ -61,9 +61,9 @@ class ImageReader:
     folder: str = ""
     cache_mb: int = 0
     _cache: dict[str, tuple[torch.Tensor, tuple[int, int]]] = dataclasses.field(
-        default_factory=dict, repr=False
+        default_factory=dict, init=False, repr=False
     )
-    _cached_bytes: list[int] = dataclasses.field(default_factory=lambda: [0], repr=False)
+    _cached_bytes: int = dataclasses.field(default=0, init=False, repr=False)
 
     def __call__(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
         """Pixels ([3, H, W], or [tiles, 3, H, W] for anyres) and (width, height) of a picture.
@@ -76,33 +76,33 @@ class ImageReader:
         pixels = process_images([image], self.image_processor, self.model_cfg)[0]
         found = (pixels, image.size)
         size = pixels.numel() * pixels.element_size()
-        if self._cached_bytes[0] + size <= self.cache_mb * 2**20:
+        if self._cached_bytes + size <= self.cache_mb * 2**20:
             self._cache[name] = found
-            self._cached_bytes[0] += size
+            self._cached_bytes += size
         return found
 
     def sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """(width, height) of pictures as far as `visual_tokens` needs them: only tiled pictures are
-        looked at, in their headers. Raises OSError for one that is gone or no picture."""
+        looked at, in their headers. Raises OSError for one that is gone or no picture, ValueError
+        for one that PIL takes for a bomb."""
         if getattr(self.model_cfg, "image_aspect_ratio", None) != "anyres":
             return [(0, 0)] * len(names)
         found = []
         for name in names:
-            with Image.open(os.path.join(self.folder, name)) as picture:
-                found.append(picture.size)
+            try:
+                with Image.open(os.path.join(self.folder, name)) as picture:
+                    found.append(picture.size)
+            except Image.DecompressionBombError as error:
+                raise ValueError(f"damaged image file: {name} ({error})") from error
         return found
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Visual tokens of pictures of these (width, height)."""
-        config = self.model_cfg
-        counts = count_visual_tokens(
-            sizes,
-            config,
-            crop_side(self.image_processor),
-            self.patches_per_side,
-        )
-        with_class = getattr(config, "mm_vision_select_feature", "patch") == "cls_patch"
-        return [count + with_class for count in counts]
+        side = self.patches_per_side
+        counts = count_visual_tokens(sizes, self.model_cfg, crop_side(self.image_processor), side)
+        if getattr(self.model_cfg, "mm_vision_select_feature", "patch") != "cls_patch":
+            return counts
+        return [count + count // side**2 for count in counts]  # a class token a tile
 
 
 # ----------------------------------------------------------------------------------------- dataset

@@ -42,7 +42,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import count_visual_tokens
 from llava.model.builder import FAMILIES, config_object
-from llava.model.multimodal_encoder.builder import tower_structure
+from llava.model.multimodal_encoder.builder import tower_config, tower_structure
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
@@ -154,7 +154,7 @@ def build_model(command: Command) -> Any:
     """The model of the command in training mode, parts frozen, adapters added, the plan in its
     config, weights at random (under ``torch.device("meta")`` none). It reads config files alone."""
     args, flags, engine = copy.copy(command.model), command.flags, command.engine
-    folder, raw = read_config(args)
+    raw = read_config(args)[1]
     cls, config = FAMILIES[raw["model_type"]][1], config_object(raw)
     keep_checkpoint_settings(args, config)
     name = args.vision_tower
@@ -162,12 +162,12 @@ def build_model(command: Command) -> Any:
     if name:
         own = raw.get("mm_vision_config") if raw.get("mm_vision_tower") == name else None
         config.mm_vision_tower = name
-        config.mm_vision_config = own or tower_structure(name, folder)
+        config.mm_vision_config = own or tower_structure(name)
         config.mm_vision_select_layer = args.mm_vision_select_layer
         config.mm_vision_select_feature = args.mm_vision_select_feature
         config.mm_projector_type = args.mm_projector_type
         config.mm_patch_merge_type = args.mm_patch_merge_type
-        config.mm_hidden_size = config.mm_vision_config["hidden_size"]
+        config.mm_hidden_size = tower_config(config.mm_vision_config, name).hidden_size
     else:
         config.mm_vision_tower = config.mm_vision_config = None
     backend = flags.attn_implementation if flags.attn_implementation == "eager" else "sdpa"

@@ -27,7 +27,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import swallows_space, tokenizer_image_token
 from llava.prompting import STAND_IN, side_texts, text_place
 from llava.utils import get_logger
 
@@ -136,19 +136,23 @@ def _write_marks(turns: Sequence[Turn], version: str, use_im_start_end: bool) ->
     ]
 
 
-def check_turns(turns: Any) -> list[Turn]:
-    """`turns` without a leading answer; ValueError unless question and answer alternate."""
+def check_form(turns: Any, speakers: Sequence[str] | None = HUMAN_NAMES + ANSWER_NAMES) -> None:
+    """ValueError unless `turns` are turns with a text, each from one of `speakers` (None: anybody
+    with a name)."""
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(f"'conversations' must be a non-empty list of turns, got {turns!r:.80}")
     for i, turn in enumerate(turns):
-        if not (
-            isinstance(turn, dict)
-            and isinstance(turn.get("value"), str)
-            and turn.get("from") in HUMAN_NAMES + ANSWER_NAMES
-        ):
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        known = isinstance(speaker, str) and (speakers is None or speaker in speakers)
+        if not known or not isinstance(turn.get("value"), str):
             raise ValueError(
                 f"turn {i} must be {{'from': 'human' or 'gpt', 'value': text}}, got {turn!r:.80}"
             )
+
+
+def check_turns(turns: Any) -> list[Turn]:
+    """`turns` without a leading answer; ValueError unless question and answer alternate."""
+    check_form(turns)
     if turns[0]["from"] not in HUMAN_NAMES:
         turns = turns[1:]
     for i, turn in enumerate(turns):
@@ -163,6 +167,9 @@ def check_turns(turns: Any) -> list[Turn]:
 
 
 # ---------------------------------------------------------------------------------------- segments
+_STOPS_WITH_SEP2 = (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
+
+
 def segments(conv: Conversation, turns: Sequence[Turn]) -> list[Segment]:
     """The conversation's text, cut where supervision starts and ends.
 
@@ -180,27 +187,18 @@ def segments(conv: Conversation, turns: Sequence[Turn]) -> list[Segment]:
         answer = turns[i + 1]["value"]
         conv.append_message(conv.roles[0], turns[i]["value"])
         conv.append_message(conv.roles[1], None)
-        prompt = _open_prompt(conv)
+        prompt = conv.get_prompt()  # the last turn is open: what inference would feed now
         if not prompt.startswith(done):
             raise ValueError(f"template {conv.version!r} rewrites earlier turns; cannot label it")
         pieces.append(Segment(prompt[len(done) :], False))
         done = prompt
         conv.messages[-1][1] = answer
-        if answer.strip():
-            spoken = _answer_text(conv, prompt, answer, stop or "")
-            pieces.append(Segment(spoken, True))
-            done += spoken
-        else:
+        if not answer.strip():
             break  # an empty answer is an open turn: nothing to learn behind it
+        spoken = _answer_text(conv, prompt, answer, stop or "")
+        pieces.append(Segment(spoken, True))
+        done += spoken
     return pieces
-
-
-_STOPS_WITH_SEP2 = (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
-
-
-def _open_prompt(conv: Conversation) -> str:
-    """What inference would feed now: the prompt with the last turn open."""
-    return conv.get_prompt()
 
 
 def _answer_text(conv: Conversation, prompt: str, answer: str, stop: str) -> str:
@@ -273,25 +271,26 @@ def _encode_chunk(
     text = "".join(piece.text for piece in chunk)
     if not text and not first:
         return []
+    if text.startswith(" ") and swallows_space(tokenizer):  # see tokenizer_image_token
+        text = f" {text}"
+        chunk = [dataclasses.replace(chunk[0], text=f" {chunk[0].text}"), *chunk[1:]]
     borders: list[tuple[int, bool]] = []  # (end offset, supervised) of each piece
     end = 0
     for piece in chunk:
         end += len(piece.text)
         borders.append((end, piece.supervised))
-    lead = int(text.startswith(" ") and _swallows_space(tokenizer))  # see tokenizer_image_token
-    encoded = tokenizer(" " * lead + text, return_offsets_mapping=True)
+    encoded = tokenizer(text, return_offsets_mapping=True)
     tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
     skip = _n_bos(tokenizer, tokens)
     out: list[tuple[int, bool]] = [(token, False) for token in tokens[:skip]] if first else []
     at = 0
-    for token, (start, stop) in zip(tokens[skip:], offsets[skip:], strict=True):
-        start, stop = start - lead, stop - lead
+    for token, (start, _) in zip(tokens[skip:], offsets[skip:], strict=True):
         while at < len(borders) - 1 and start >= borders[at][0]:
             at += 1
         out.append((token, borders[at][1] if borders else False))
     for n, piece in enumerate(chunk[:-1]):
         if chunk[n + 1].supervised and not piece.supervised:
-            prompt = tokenizer(" " * lead + text[: borders[n][0]])["input_ids"]
+            prompt = tokenizer(text[: borders[n][0]])["input_ids"]
             if tokens[: len(prompt)] != prompt:
                 return _encode_pieces_apart(tokenizer, chunk, first=first)
     return out
@@ -322,12 +321,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokens[_n_bos(tokenizer, tokens) :]
 
 
-@functools.lru_cache(maxsize=8)
-def _swallows_space(tokenizer: Any) -> bool:
-    """Whether a space at the very front of a text leaves no trace in its ids."""
-    return tokenizer(" a")["input_ids"] == tokenizer("a")["input_ids"]
-
-
 def _n_bos(tokenizer: Any, tokens: Sequence[int]) -> int:
     """1 if the tokenizer put its BOS in front of `tokens`, else 0."""
     return int(bool(tokens) and tokens[0] == tokenizer.bos_token_id)
@@ -351,6 +344,7 @@ def preprocess(
     if label_mode not in ("segments", "legacy"):
         raise ValueError(f"label_mode {label_mode!r}; accepted: 'segments', 'legacy'")
     if label_mode == "legacy":
+        check_form(turns, speakers=None)
         if n_images:
             turns = legacy_multimodal(turns, conv.version, use_im_start_end)
             _check_marks(turns, n_images)

@@ -52,10 +52,13 @@ class Answer(NamedTuple):
         return one == other
 
 
-def first_question(sample: dict[str, Any], name: str) -> Question:
-    """The prompt and the reference of a sample of `LazySupervisedDataset`."""
+def first_question(sample: dict[str, Any], name: str) -> Question | None:
+    """The prompt and the reference of a sample of `LazySupervisedDataset`; None for one in which
+    nothing is learned (a mismatch of ``--label_mode legacy``)."""
     ids, labels = sample["input_ids"], sample["labels"]
-    start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
+    if start is None:
+        return None
     stop = next((i for i in range(start, len(ids)) if labels[i] == IGNORE_INDEX), len(ids))
     prompt = ids[:start]
     pictures = sum(token == IMAGE_TOKEN_INDEX for token in prompt)
@@ -92,7 +95,9 @@ class Probe(TrainerCallback):
     def __init__(self, trainer: Any, count: int, every: int) -> None:
         self.trainer = trainer
         self.every = every
-        self.dataset = trainer.eval_dataset or trainer.train_dataset
+        self.dataset = trainer.eval_dataset
+        if self.dataset is None:
+            self.dataset = trainer.train_dataset
         count = min(count, len(self.dataset))
         self.indices = [i * len(self.dataset) // count for i in range(count)]
 
@@ -115,8 +120,8 @@ class Probe(TrainerCallback):
         if not (trainer.args.process_index == 0 or self._sharded()):
             return
         with undisturbed(trainer.model, trainer.args.device):
-            answers = [self.answer(index) for index in self.indices]
-        if trainer.args.process_index != 0:
+            answers = [answer for index in self.indices if (answer := self.answer(index))]
+        if trainer.args.process_index != 0 or not answers:
             return
         right = sum(answer.exact for answer in answers)
         logger.info("step %d: %d of %d exact", trainer.state.global_step, right, len(answers))
@@ -128,9 +133,12 @@ class Probe(TrainerCallback):
         trainer.log({"probe_exact": right / len(answers), "probe_answers": table})
         trainer.control.should_log = due
 
-    def answer(self, index: int) -> Answer:
+    def answer(self, index: int) -> Answer | None:
+        """The model's answer to a sample, None for one without a question."""
         trainer, dataset = self.trainer, self.dataset
         question = first_question(dataset[index], dataset.describe(index))
+        if question is None:
+            return None
         tokenizer = trainer.processing_class
         room = min(len(question.reference) + MORE_THAN_REFERENCE, LONGEST_ANSWER)
         with trainer.accelerator.autocast():

@@ -161,9 +161,10 @@ class Row(NamedTuple):
 
 
 def count_words(record: Mapping[str, Any]) -> int:
-    """Words of all turns, as LLaVA's samplers count them; a malformed turn has none."""
+    """Words of all turns, as LLaVA's samplers count them; what is no turn or no text has none."""
     turns = record.get("conversations")
-    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if turns else []
+    turns = turns if isinstance(turns, list) else []
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     return sum(len(text.split()) for text in texts if isinstance(text, str))
 
 

@@ -8,7 +8,6 @@ Sources: LLaVA-1.5 train.py, PyramidDrop pdrop_train.py. ``python -m llava.train
 
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,8 +33,13 @@ from llava.model.builder import (
     load_parts,
     quantisation,
 )
-from llava.model.checkpoint_layout import BASE_KEY, inspect_checkpoint, resolve_folder
-from llava.model.multimodal_encoder.builder import read_structure, tower_structure
+from llava.model.checkpoint_layout import (
+    BASE_KEY,
+    inspect_checkpoint,
+    read_json,
+    resolve_folder,
+)
+from llava.model.multimodal_encoder.builder import read_structure, tower_config, tower_structure
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizers import read_tokenizer
 from llava.reduction.plan import resolve_plan
@@ -69,15 +73,8 @@ def read_config(model_args: ModelArguments) -> tuple[str, dict[str, Any]]:
             file = Path(str(cached_file(name, "config.json")))
         except OSError as error:
             raise ValueError(f"model {name} is no folder and not on the hub: {error}") from error
-        return name, in_llava_layout(_read_json(file), str(file))
-    return str(file.parent), in_llava_layout(_read_json(file), str(file))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        return name, in_llava_layout(read_json(file), str(file))
+    return str(file.parent), in_llava_layout(read_json(file), str(file))
 
 
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
@@ -225,11 +222,11 @@ def add_image_tokens(model: Any, tokenizer: Any, model_args: ModelArguments) -> 
             rows[-new:] = rows[:-new].mean(dim=0, keepdim=True)
 
 
-def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> dict:
-    """Set what is trained; returns the number of trained parameters by part of the model.
-
-    ValueError if a switch asks for a part that the model does not have.
-    """
+def trained_parts(
+    model_args: ModelArguments, training_args: TrainingArguments
+) -> tuple[dict[str, bool], set[str]]:
+    """(which parts of a model the flags train, those that they ask for by name). ValueError for
+    flags that contradict each other."""
     parts = model_args.tunable_parts()
     if parts is not None:
         trained = {
@@ -237,14 +234,31 @@ def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArgume
             "projector": "mm_mlp_adapter" in parts,
             "tower": "mm_vision_tower" in parts,
         }
-    elif model_args.tune_mm_mlp_adapter:
-        trained = {"language": False, "projector": True, "tower": False}
-    else:
-        trained = {
-            "language": not model_args.freeze_backbone,
-            "projector": not training_args.freeze_mm_mlp_adapter,
-            "tower": training_args.unfreeze_mm_vision_tower,
-        }
+        return trained, {part for part, wanted in trained.items() if wanted}
+    tower = training_args.unfreeze_mm_vision_tower
+    if model_args.tune_mm_mlp_adapter:
+        if tower:
+            raise ValueError(
+                "--unfreeze_mm_vision_tower True with --tune_mm_mlp_adapter True, which trains and "
+                "saves the projector alone; leave one out"
+            )
+        return {"language": False, "projector": True, "tower": False}, {"projector"}
+    trained = {
+        "language": not model_args.freeze_backbone,
+        "projector": not training_args.freeze_mm_mlp_adapter,
+        "tower": tower,
+    }
+    return trained, {"tower"} if tower else set()
+
+
+def freeze(
+    model: Any, model_args: ModelArguments, training_args: TrainingArguments
+) -> dict[str, int]:
+    """Set what is trained; returns the number of trained parameters by part of the model.
+
+    ValueError if the flags ask for a part that the model does not have, or train nothing.
+    """
+    trained, asked = trained_parts(model_args, training_args)
     counts = dict.fromkeys(trained, 0)
     for name, parameter in model.named_parameters():
         part = part_of(name)
@@ -254,12 +268,8 @@ def freeze(model: Any, model_args: ModelArguments, training_args: TrainingArgume
         parameter.requires_grad_(wanted)
         size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel is a share
         counts[part] += size if wanted else 0
-    asked = {
-        "projector": model_args.tune_mm_mlp_adapter,
-        "tower": training_args.unfreeze_mm_vision_tower,
-    }
-    for part, wanted in asked.items():
-        if wanted and not counts[part]:
+    for part in sorted(asked):
+        if not counts[part]:
             raise ValueError(f"the {part} is to be trained, but there is none: give --vision_tower")
     if not sum(counts.values()):
         raise ValueError("nothing to train: the flags freeze every part of the model")
@@ -367,26 +377,26 @@ def check_vision(
         structure = raw.get("mm_vision_config") or tower_structure(name, folder)
     else:
         structure = read_structure(name)
-    layers = structure.get("num_hidden_layers")
-    if isinstance(layers, int) and not -layers - 1 <= asked.mm_vision_select_layer <= layers:
+    tower = tower_config(structure, name)
+    layers = tower.num_hidden_layers
+    if not -layers - 1 <= asked.mm_vision_select_layer <= layers:
         raise ValueError(
             f"--mm_vision_select_layer {asked.mm_vision_select_layer}: the tower {name} has "
             f"{layers} layers; accepted: {-layers - 1} to {layers}"
         )
     shape = SimpleNamespace(
         mm_projector_type=asked.mm_projector_type,
-        mm_hidden_size=structure.get("hidden_size"),
+        mm_hidden_size=tower.hidden_size,
         hidden_size=raw.get("hidden_size"),
     )
     with torch.device("meta"):
         projector = build_vision_projector(shape)
     if asked.pretrain_mm_mlp_adapter:
         check_adapter(asked.pretrain_mm_mlp_adapter, projector)
-    side, patch = structure.get("image_size"), structure.get("patch_size")
-    if isinstance(side, int) and isinstance(patch, int):
-        check_max_length(training_args.model_max_length, (side // patch) ** 2)
+    patches = (tower.image_size // tower.patch_size) ** 2
+    check_max_length(training_args.model_max_length, patches)
     if data_args.image_aspect_ratio == "anyres":
-        parse_pinpoints(data_args.image_grid_pinpoints, side or 1)
+        parse_pinpoints(data_args.image_grid_pinpoints, tower.image_size)
 
 
 def check_adapter(path: str, projector: torch.nn.Module) -> None:

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava.cli import main
 from llava.reduction import ReductionPlan
-from llava.train.data_check import mean_visual_tokens
+from llava.train.data_check import (
+    build_parser,
+    mean_visual_tokens,
+    picture_settings,
+    turn_problems,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
 from train_fixtures import write_all  # noqa: E402
@@ -137,6 +143,40 @@ def test_good_data_and_what_can_be_left_out(files, capsys):
         check(files, files / "bad.json", "--layer_list", "[50]", "--image_token_ratio_list",
               "[0.5]")  # fmt: skip
     assert stop.value.code == 2
+
+
+def test_layers_and_geometry_are_the_models_own(files, tmp_path, capsys):
+    """Of a tower that is published, or whose config.json leaves out defaults; of a base in
+    transformers' layout, where the language model's config is nested."""
+
+    def visual(*flags: str) -> list[int]:
+        args = build_parser().parse_args(["--data_path", "x", *flags])
+        return picture_settings(args).visual_tokens([(9, 9)])
+
+    CLIPVisionConfig().save_pretrained(tmp_path / "tower")
+    assert visual() == visual("--vision_tower", "openai/clip-vit-large-patch14-336") == [576]
+    assert visual("--vision_tower", str(tmp_path / "tower")) == [49]
+    with pytest.raises(ValueError, match="vision tower '/nowhere' cannot be read"):
+        visual("--vision_tower", "/nowhere")
+
+    text = LlamaConfig(num_hidden_layers=6, hidden_size=16, num_attention_heads=2)
+    whole = LlavaConfig(vision_config=CLIPVisionConfig(), text_config=text)
+    whole.save_pretrained(tmp_path / "base")
+    model = ["--model_name_or_path", str(tmp_path / "base")]
+    model += ["--tokenizer_path", str(files / "config")]
+    plan = ["--layer_list", "[3]", "--image_token_ratio_list", "[0.5]"]
+    report = tmp_path / "report.json"
+    assert check(files, files / "data" / "mixed.json", *model, *plan, "--json", str(report)) == 0
+    assert json.loads(report.read_text())["tokens"]["after_plan"]["layers"] == 6
+
+
+def test_a_mark_in_an_answer_that_is_left_out_does_not_count():
+    first = {"from": "gpt", "value": "<image> is what I see"}
+    found = dict(turn_problems([first, *turns("<image> what", "red")], 1))
+    assert set(found) == {"answer_first"}
+    assert set(dict(turn_problems([first, *turns("what", "red")], 1))) == {
+        "image_marks", "answer_first"
+    }  # fmt: skip
 
 
 def test_tokens_behind_the_cuts_are_the_plans():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import clip_image_processor_class
-from llava.model.multimodal_prep import Splicer
+from llava.model.multimodal_prep import Splicer, tile_counts
 from llava.prompting import build_prompt, side_texts
 from llava.reduction import ReductionPlan
 from llava.train.dataset import (
@@ -269,6 +269,21 @@ def test_counted_tokens_are_those_of_the_packed_batch(request, tokenizer, tmp_pa
     assert counts.sum(1).max() == 45  # one was cut
 
 
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+def test_a_class_token_is_counted_in_every_tile(reader, aspect):
+    config = SimpleNamespace(
+        image_aspect_ratio=aspect, mm_patch_merge_type="flat",
+        mm_vision_select_feature="cls_patch", image_grid_pinpoints=[[28, 56], [56, 28]],
+    )  # fmt: skip
+    made = ImageReader(reader.image_processor, config, 2, folder=reader.folder)
+    pictures = [made(name) for name in ("red.png", "blue.png")]
+    sizes = [size for _, size in pictures]
+    splicer = Splicer(config, 5, 2, 28, 99)
+    tiles = tile_counts([pixels for pixels, _ in pictures])
+    found = [len(picture.source) for picture in splicer.pictures(tiles, sizes)]
+    assert made.visual_tokens(sizes) == found == ([15, 15] if aspect == "anyres" else [5, 5])
+
+
 def test_counts_are_kept_as_long_as_they_hold(tokenizer, reader, tiled, tmp_path, monkeypatch):
     records, cache = mixed_records()[:3], tmp_path / "cache"
     same = [dataset(records, tokenizer, reader) for _ in range(2)]
@@ -285,11 +300,17 @@ def test_counts_are_kept_as_long_as_they_hold(tokenizer, reader, tiled, tmp_path
             count_tokens(other, cache)
 
 
-def test_what_cannot_be_counted_is_named_or_left_out(tokenizer, reader, tiled, tmp_path):
+def test_what_cannot_be_counted_is_named_or_left_out(
+    tokenizer, reader, tiled, tmp_path, monkeypatch
+):
     """A broken picture is found where its size is needed; a run takes none longer in its place."""
     data = dataset(mixed_records(), tokenizer, tiled)
     with pytest.raises(ValueError, match="sample 3"):
         count_tokens(data, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL's bomb: twice as many
+        with pytest.raises(ValueError, match=r"sample 1 .*red\.png \(Image size"):
+            count_tokens(data, tmp_path)
     data = dataset(mixed_records(), tokenizer, tiled, skip_bad_samples=True)
     counts = count_tokens(data, tmp_path)
     assert (counts.sum(1) == 0).tolist() == [False, False, False, True, True]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
+from transformers import CLIPVisionConfig, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
 from test_train import command, pictures  # noqa: E402
@@ -282,6 +282,16 @@ def test_a_checkpoint_brings_its_own_tower(files):
     expected, found = (estimate(read_command(words(files, **more), 1)) for more in ({}, again))
     assert found.parameters == expected.parameters
     assert found.batches == expected.batches
+
+
+def test_a_tower_may_leave_out_what_is_the_librarys_default(files, tmp_path):
+    """CLIP-B/32's config.json says neither its width nor its geometry."""
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    flags = {"vision_tower": tmp_path, "model_max_length": 100}
+    found = estimate(read_command(words(files, **flags), 1), text=10)
+    assert found.samples["usual"].visual == (224 // 32) ** 2
+    with pytest.raises(ValueError, match=r"vision tower '.*nowhere' cannot be read"):
+        estimate(read_command(words(files, vision_tower=tmp_path / "nowhere"), 1))
 
 
 def test_who_asks_for_an_estimate():

@@ -169,6 +169,22 @@ def test_image_counts_are_checked(count):
         preprocess_multimodal(TWO_TURNS, count)
 
 
+def test_a_border_behind_a_picture_keeps_the_space_that_inference_sees():
+    """A fast Llama tokenizer swallows a space in front, so the prompt's pieces get one more."""
+    tokenizer = bpe(byte_level=False)
+    table = tokenizer.backend_tokenizer
+    table.normalizer = normalizers.Sequence([])
+    table.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    assert tokenizer(" hello")["input_ids"] == tokenizer("hello")["input_ids"]
+    question = "<image> A re"
+    prompt = tokenizer_image_token(question, tokenizer)
+    for answer in ("?", "d circle."):  # as one text with the prompt; a token would straddle
+        encoded = encode_segments(tokenizer, [Segment(question, False), Segment(answer, True)])
+        assert encoded.input_ids[: len(prompt)] == prompt
+        assert encoded.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
+        assert encoded.labels[len(prompt) :] == encoded.input_ids[len(prompt) :]
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
@@ -182,6 +198,14 @@ def test_image_counts_are_checked(count):
 def test_bad_turns_are_refused(turns, message):
     with pytest.raises(ValueError, match=message):
         preprocess(turns, bpe(byte_level=True), training_template("v1"))
+
+
+@pytest.mark.parametrize("turns", ["text", [], ["hello"], [{"from": "human"}], [{"value": "a"}],
+                                   [{"from": "human", "value": None}]])  # fmt: skip
+@pytest.mark.parametrize("version", ["v1", "v0", "plain"])
+def test_what_is_no_turn_is_refused_in_legacy_mode_too(turns, version):
+    with pytest.raises(ValueError, match="turn 0 must be|non-empty list"):
+        preprocess(turns, bpe(byte_level=True), training_template(version), label_mode="legacy")
 
 
 def test_a_leading_answer_is_dropped():

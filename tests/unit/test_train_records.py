@@ -49,16 +49,17 @@ def write(path, records) -> str:
 @pytest.mark.parametrize("small", [0, module.SMALL_FILE])
 def test_every_form_holds_the_same_samples(tmp_path, name, small):
     """A list and lines, in memory and mapped; columns of any shape, keys of any kind."""
-    path = write(tmp_path / name, RECORDS)
+    records = [*RECORDS, {"id": 8, "conversations": 5}, {"conversations": [{"value": 5}, "red"]}]
+    path = write(tmp_path / name, records)
     found = Records.open(path, cache_dir=tmp_path / "cache", small=small)
-    assert list(found) == RECORDS
-    assert found.words.tolist() == [5, 8, 4, 6, 0]
-    assert found.pictured.tolist() == [False, True, True, False, False]
+    assert list(found) == records
+    assert found.words.tolist() == [5, 8, 4, 6, 0, 0, 0]
+    assert found.pictured.tolist() == [False, True, True, False, False, False, False]
     assert found.place(3) == (path, 3, 0)
     assert found.data_hash == file_sha256(tmp_path / name)
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == (small == 0)
     with pytest.raises(IndexError):
-        found[5]
+        found[len(records)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,16 @@ def tower_class(kind: Any, name: str) -> type[CLIPVisionTower]:
     return TOWERS[kind]
 
 
-def tower_structure(name: str, holder: str | Path) -> dict[str, Any]:
+def tower_structure(name: str, holder: str | Path | None = None) -> dict[str, Any]:
     """The vision config, as a dict, of the tower `name`: a folder, a published id, or a hub id.
 
-    holder: the checkpoint that holds the weights, for the message. ValueError when it is not to be
-    had.
+    holder: the checkpoint that holds the weights, if one does, for the message. ValueError when it
+    is not to be had.
     """
     if not Path(name).is_dir() and name in PUBLISHED:
         return dict(PUBLISHED[name])
+    if holder is None:
+        return read_structure(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -89,6 +92,12 @@ def tower_structure(name: str, holder: str | Path) -> dict[str, Any]:
             f"{str(error).splitlines()[0]}"
         ) from error
     return vision_config(config, name)
+
+
+def tower_config(structure: Mapping[str, Any], name: str) -> Any:
+    """The library's config object of a `tower_structure`, which leaves out what is its default."""
+    cls = tower_class(structure.get("model_type", "clip_vision_model"), name)
+    return cls.config_class(**{**structure, **cls.settings})
 
 
 def published_name(structure: dict[str, Any]) -> str | None:
