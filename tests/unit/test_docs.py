@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import re
+import shlex
 
 import numpy as np
 from command_lines import all_flags, why_not
 from places import ROOT
 
-from llava.reduction import REDUCERS, ReductionPlan
+from llava.reduction import REDUCERS, ReductionPlan, budget, flops
 
 
 def test_the_family_diff_in_the_design_page_is_real():
@@ -217,3 +219,60 @@ def test_the_checkpoints_page_has_the_tables_of_the_code():
             for prefix in (ours, theirs):
                 stem = prefix.removesuffix("vision_model.").removesuffix("2.")
                 assert f"`{stem}" in page or "linear_" in stem, prefix
+
+
+def _cells(page, header):
+    """The rows of the table with that header, as lists of cells."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith(header))
+    end = next(at for at, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in lines[start + 2 : end]]
+
+
+def test_the_table_of_costs_is_calculated():
+    rows = _cells("Benchmarks.md", "| preset | visual tokens |")
+    assert len(rows) > 10
+    for preset, tokens, at, share, said, _ in rows:
+        layers = [] if at == "none" else [int(layer) for layer in at.split(",")]
+        plan = ReductionPlan.pyramid(
+            layers, [float(share) ** power for power, _ in enumerate(layers, 1)]
+        )
+        cost = flops.cost(flops.with_tokens(flops.get_preset(preset), int(tokens), None), plan)
+        assert f"{cost.visual_tmacs:.3f} T" == said, (preset, tokens, at, share)
+
+
+def test_the_table_of_budgets_is_what_the_solver_finds():
+    rows = _cells("Reduction.md", "| average | layers |")
+    assert len(rows) == 3
+    preset = flops.get_preset("llava-1.5-7b")
+    for average, layers, kept, macs, full in rows:
+        wanted = budget.Budget("average_tokens", float(average))
+        best, _ = budget.solve(preset, "pyramiddrop", wanted)
+        assert str(list(best.layers)) == layers
+        cost = flops.cost(preset, best.plan)
+        assert ", ".join(map(str, cost.kept_tokens[1:])) == kept
+        assert f"{cost.visual_tmacs:.3f} T" == macs
+        assert f"{cost.full_tflops:.3f} T" == full
+
+
+def test_the_costs_of_methods_are_those_of_their_commands(tmp_path):
+    page = (ROOT / "docs" / "Reduction.md").read_text(encoding="utf-8")
+    costs = re.findall(r"^\| cost \| `llava flops (.*)`: ([\d.]+) -> ([\d.]+) T", page, re.M)
+    assert len(costs) == 4
+    for words, without, with_plan in costs:
+        flops.main([*shlex.split(words), "--json", str(tmp_path / "flops.json")])
+        found = json.loads((tmp_path / "flops.json").read_text())
+        unit = 2 if "yopo" in words else 1  # its paper counts 2 FLOPs a multiply-accumulate
+        for said, macs in (
+            (without, found["none"]["visual_tmacs"]),
+            (with_plan, found["visual_tmacs"]),
+        ):
+            digits = len(said.partition(".")[2])
+            assert f"{unit * macs:.{digits}f}" == said, words
+
+
+def test_the_extras_of_the_installation_page_are_all_there():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[", table, re.M)
+    assert sorted(row[0].strip("`") for row in _cells("Install.md", "| extra |")) == sorted(extras)

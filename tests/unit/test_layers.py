@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
@@ -48,7 +49,6 @@ SHIMS: frozenset[str] = frozenset(
         "train.train_mem",
         "train.train_mem_pdrop",
         "train.train_mem_pdrop_next",
-        "train.train_xformers",
         "eval.model_vqa",
         "eval.model_vqa_loader",
         "eval.model_vqa_science",
@@ -73,7 +73,6 @@ REDUCTION_SHARED = frozenset(
         ".budget",
         ".forms",
         ".plan",
-        ".scores",
         ".flags",
         ".flops",
         ".head_masks",
@@ -156,7 +155,7 @@ def test_methods_do_not_import_one_another() -> None:
     assert methods
     for name in methods:
         others = imports(name, known[name], known) & methods
-        assert not others, f"{name} imports {others}: what two methods need belongs in scores.py"
+        assert not others, f"{name} imports {others}: what two methods need belongs in base.py"
 
 
 def test_the_walker_sees_a_forbidden_arrow(tmp_path: Path) -> None:
@@ -168,6 +167,22 @@ def test_the_walker_sees_a_forbidden_arrow(tmp_path: Path) -> None:
     assert broken_arrows("llava.train.bad", bad, known)
     bad.write_text("import llava.utils\n", encoding="utf-8")
     assert not broken_arrows("llava.reduction.bad", bad, known)
+
+
+def test_the_design_page_has_this_table() -> None:
+    page = (ROOT / "docs" / "Design.md").read_text(encoding="utf-8")
+    rows = page.split("## Who may import whom")[1].split("\n## ")[0].splitlines()
+    shown = {
+        f"llava.{name}": int(row[2])
+        for row in rows
+        if row[:3].removeprefix("| ").isdigit()
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    assert shown == dict(LAYERS[:-1])
+
+
+def test_every_shim_exists() -> None:
+    assert set(modules()) >= SHIMS
 
 
 def test_an_unknown_module_is_named() -> None:
