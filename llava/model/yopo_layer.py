@@ -321,10 +321,10 @@ def in_order(query: Tensor, key: Tensor, valid: Tensor | None, span: int | None)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as a term of the scores. Finite, so that a padding row that sees nothing gets
-    numbers, not NaN."""
+    """A bool mask as a term of the scores. Finite, in float32 too, where the softmax is taken, so
+    that a padding row that sees nothing gets numbers, not NaN."""
     zero = torch.zeros((), dtype=dtype, device=seen.device)
-    return torch.where(seen, zero, torch.finfo(dtype).min)
+    return torch.where(seen, zero, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))
 
 
 def span_of(config: Any, kind: str) -> int | None:

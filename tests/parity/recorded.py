@@ -151,7 +151,7 @@ def sequence_of(
     texts, pictures, patches = [], [], []
     for sample in samples:
         behind = sample.start + sample.visual
-        mark = torch.zeros(1 if sample.visual else 0, sample.hidden.shape[1])
+        mark = sample.hidden.new_zeros(1 if sample.visual else 0, sample.hidden.shape[1])
         texts.append(torch.cat([sample.hidden[: sample.start], mark, sample.hidden[behind:]]))
         if sample.visual:
             number = np.arange(sample.visual)
@@ -162,7 +162,7 @@ def sequence_of(
     width = max(len(text) for text in texts)
     ids = np.zeros((len(samples), width), dtype=np.int64)
     mask = np.zeros_like(ids, dtype=bool)
-    padded = torch.zeros(len(samples), width, samples[0].hidden.shape[1])
+    padded = samples[0].hidden.new_zeros(len(samples), width, samples[0].hidden.shape[1])
     for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
         first = width - len(text) if kind == "left" else 0
         mask[row, first : first + len(text)] = True
