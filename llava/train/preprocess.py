@@ -126,10 +126,10 @@ def preprocess_multimodal(
 def _write_marks(turns: Sequence[Turn], version: str, use_im_start_end: bool) -> list[Turn]:
     """Each mark as the template and the flags want it."""
     mark = DEFAULT_IMAGE_TOKEN
-    if "mmtag" in version:
-        mark = f"<Image>{mark}</Image>"
     if use_im_start_end:
         mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
+    if "mmtag" in version:
+        mark = f"<Image>{mark}</Image>"
     return [
         {"from": turn["from"], "value": turn["value"].replace(DEFAULT_IMAGE_TOKEN, mark)}
         for turn in turns

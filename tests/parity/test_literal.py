@@ -336,9 +336,12 @@ def test_legacy_labels(template, kind):
 
 
 # ------------------------------------------------------------------- recorded cases nobody has seen
-def new_case(root: Path, name: str, seed: int, samples: int, layers: list, shares: list) -> Path:
+def new_case(
+    root: Path, name: str, seed: int, samples: int, plan: tuple[list, list], limit: int
+) -> Path:
     """A case folder as the recordings have them, of a training step on the stored weights: what
-    is expected comes from literal.py."""
+    is expected comes from literal.py. limit: tokens, pictures included, that a sample may have."""
+    layers, shares = plan
     pattern = DATA / "pyramiddrop" / "d3_train_b3_padded"
     if not (root / "_weights").exists():
         shutil.copytree(pattern.parent / "_weights" / "mha16", root / "_weights" / "mha16")
@@ -346,6 +349,9 @@ def new_case(root: Path, name: str, seed: int, samples: int, layers: list, share
     meta = json.loads((case / "meta.json").read_text())
     meta |= {"layer_list": layers, "image_token_ratio_list": shares, "params_without_grad": []}
     (case / "meta.json").write_text(json.dumps(meta))
+    config = json.loads((case / "config.json").read_text())
+    config["tokenizer_model_max_length"] = limit
+    (case / "config.json").write_text(json.dumps(config))
     rng = random.Random(seed)
     drawn = [draw_sample(rng) for _ in range(samples)]
     drawn = [one for one in drawn if one[2] < 2 and any(label >= 0 for label in one[1])]
@@ -365,11 +371,11 @@ def new_case(root: Path, name: str, seed: int, samples: int, layers: list, share
     save_file(inputs, case / "inputs.safetensors")
     model = load_case(case, "eager")[0]
     model.get_vision_tower().requires_grad_(False)
-    rows = model.encode_images(pixels)
-    outcomes = [
-        literal.run(Llama(model), Sample(ids, labels, [rows[i]] if count else []), layers, shares)
-        for i, (ids, labels, count) in enumerate(drawn)
-    ]
+    rows, outcomes = model.encode_images(pixels), []
+    for i, (ids, labels, count) in enumerate(drawn):
+        left = limit - count * (rows.shape[1] - 1)  # no picture is cut
+        sample = Sample(ids[:left], labels[:left], [rows[i]] if count else [])
+        outcomes.append(literal.run(Llama(model), sample, layers, shares))
     assert min(out.margin for out in outcomes) > NEAR_TIE
     loss = literal.mean_loss(outcomes)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -391,10 +397,11 @@ def new_case(root: Path, name: str, seed: int, samples: int, layers: list, share
 
 
 def test_an_unseen_case_is_run_on_every_path(tmp_path):
-    """Another batch under another plan: found by its folder alone, run through the model and the
-    trainer, padded and packed. Its loss has been changed, and that alone fails, on each of them."""
+    """Another batch under another plan, one of its answers cut at the limit: found by its folder
+    alone, run through the model and the trainer, padded and packed. Its loss has been changed, and
+    that alone fails, on each of them."""
     root = tmp_path / "pyramiddrop"
-    case = new_case(root, "z_train_b5", 3, 7, [1, 2, 7], [0.9, 0.58, 0.29])
+    case = new_case(root, "z_train_b6", 8, 7, ([1, 2, 7], [0.9, 0.58, 0.29]), limit=46)
     expected = load_file(case / "expected.safetensors")
     expected["loss"] += 0.01
     save_file(expected, case / "expected.safetensors")

@@ -226,3 +226,12 @@ def test_an_empty_answer_leaves_nothing_to_learn():
 def test_the_worked_example_of_v0_is_no_training_text():
     assert training_template("v0").messages == []
     assert training_template("no such template").version == "v1"
+
+
+def test_marks_of_the_mmtag_templates():
+    """The tags of the template stand around those of --mm_use_im_start_end, as in LLaVA."""
+    turns = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A dog."}]
+    tagged = preprocess_multimodal(turns, 1, version="v1_mmtag")[0]["value"]
+    assert tagged == "<Image><image></Image>\nWhat?"
+    both = preprocess_multimodal(turns, 1, version="v1_mmtag", use_im_start_end=True)[0]["value"]
+    assert both == "<Image><im_start><image><im_end></Image>\nWhat?"
