@@ -257,8 +257,8 @@ def user_errors() -> Iterator[None]:
     """Decorator and context for entry points: bad input ends in one line and exit code 2.
 
     Catches ``USER_ERRORS`` (ValueError, OSError), prints ``error: <message>`` on stderr and exits
-    with 2. ``LLAVA_DEBUG=1`` lets the exception through with its traceback. Anything else is a bug
-    of ours and keeps its traceback.
+    with 2; Ctrl-C ends in one word and 130. ``LLAVA_DEBUG=1`` lets the exception through with its
+    traceback. Anything else is a bug of ours and keeps its traceback.
 
     >>> @user_errors()
     ... def main(argv=None): ...
@@ -275,6 +275,10 @@ def user_errors() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.write(f"error: {describe_error(error)}\n")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None
 
 
 def describe_error(error: BaseException) -> str:

@@ -117,6 +117,16 @@ def test_user_errors_keeps_bugs_and_debug(monkeypatch: pytest.MonkeyPatch) -> No
         raise ValueError("shown")
 
 
+def test_ctrl_c_is_one_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LLAVA_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stop, utils.user_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_user_errors_passes_the_result_on() -> None:
     @utils.user_errors()
     def double(x: int) -> int:
