@@ -50,15 +50,24 @@ def varlen_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert attention_mask is None
-    kernel = kernel_for(query, dropout)
+    states = _in_autocast(query, key, value)
+    kernel = kernel_for(states[0], dropout)
     if kernel is None:
-        return _by_sample(
-            module, (query, key, value), cu_seq_lens_q, dropout, scaling, sliding_window
-        )
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+        return _by_sample(module, states, cu_seq_lens_q, dropout, scaling, sliding_window)
+    rows = [each[0].transpose(0, 1) for each in states]
     window = -1 if sliding_window is None else sliding_window - 1
     out = kernel(*rows, cu_seq_lens_q, max_length_q, scaling, window)
     return out[None], None
+
+
+def _in_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The states in the type that autocast would hand to sdpa. A kernel is not cast for, and over
+    float32 weights the rotary embedding has made query and key float32 again."""
+    device = query.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _by_sample(

@@ -8,6 +8,7 @@ from tiny import PLANS, batch, prompts, tiny_model
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from llava.model import varlen_attention as module
 from llava.model.varlen_attention import adapt_flash_attn, adapt_varlen_attn
 
 ENDS = torch.tensor([0, 3, 10], dtype=torch.int32)
@@ -83,6 +84,30 @@ def test_windows_reach_the_kernels_that_have_them():
     with pytest.raises(ValueError, match="sliding window of 3"):
         adapt_varlen_attn(torch_2_10)(*states(), ENDS, 7, 0.3, 2)
     assert adapt_varlen_attn(lambda q, k, v: None) is None
+
+
+def test_kernels_take_half_precision_under_autocast(monkeypatch):
+    """Plain bf16 training: float32 weights, so the rotary embedding makes query and key float32
+    beside a bfloat16 value. A kernel takes one half-precision type alone."""
+    seen = []
+
+    def kernel(q, k, v, ends, longest, scale, window):
+        seen.append((q.dtype, k.dtype, v.dtype))
+        return attention(q, k, v, scale, window)
+
+    half = torch.bfloat16
+    monkeypatch.setattr(
+        module, "kernel_for", lambda q, dropout: kernel if q.dtype == half else None
+    )
+    query, key, value = (x.transpose(0, 1)[None] for x in states(4))
+    arguments = {"scaling": 0.2, "cu_seq_lens_q": ENDS, "max_length_q": 7}
+    with torch.autocast("cpu", half):
+        found = module.varlen_attention_forward(
+            torch.nn.Module(), query, key, value.to(half), None, **arguments
+        )[0]
+    assert seen == [(half,) * 3]
+    expected = attention(*(x.to(half) for x in states(4)), 0.2, -1)
+    torch.testing.assert_close(found[0], expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
