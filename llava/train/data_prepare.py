@@ -152,7 +152,7 @@ def survey(records: Records) -> tuple[dict[str, None], dict[str, int]]:
     for index, record in enumerate(records):
         paths = [PurePosixPath(name) for name in image_names(record)]
         for path in paths:
-            if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in str(path):
                 where = records.place(index)
                 raise ValueError(
                     f"{where.name}, sample {where.number}: image path {str(path)!r} leaves the "
@@ -205,7 +205,8 @@ class Member(NamedTuple):
 
 @contextlib.contextmanager
 def members(path: Path) -> Iterator[Iterator[Member]]:
-    """The regular files of a zip, a tar or a folder. Raises ValueError for a damaged archive."""
+    """The regular files of a zip, a tar or a folder. Raises ValueError for an archive that is
+    damaged, encrypted or compressed in a way that is not known."""
     try:
         if path.is_dir():
             yield _folder_members(path)
@@ -217,6 +218,8 @@ def members(path: Path) -> Iterator[Iterator[Member]]:
                 yield _tar_members(archive)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged or no archive: {error}") from error
+    except RuntimeError as error:  # zipfile's words for a password or a compression it knows not
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
@@ -248,6 +251,7 @@ def _copier(open_member: Callable[[Any], IO[bytes] | None], info: Any) -> Callab
         assert source is not None
         with source, open(target, "wb") as file:
             shutil.copyfileobj(source, file, 2**20)
+        target.chmod(0o644)  # a temporary file is private
 
     return copy
 
@@ -275,7 +279,6 @@ def place(member: Member, target: Path) -> bool:
         member.copy(Path(name))
         if Path(name).stat().st_size != member.size:
             raise ValueError(f"{member.path}: ends before its {member.size} bytes")
-        os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

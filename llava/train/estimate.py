@@ -42,6 +42,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import count_visual_tokens
 from llava.model.builder import FAMILIES, config_object
+from llava.model.checkpoint_layout import read_json
 from llava.model.multimodal_encoder.builder import tower_config, tower_structure
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
@@ -121,11 +122,13 @@ class Engine:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    if text.lstrip().startswith("{"):
+    """--deepspeed, a file or the JSON object itself. ValueError, by name, for neither."""
+    if not text.lstrip().startswith("{"):
+        return read_json(Path(text), f"--deepspeed {text}")
+    try:
         return json.loads(text)
-    if not Path(text).is_file():
-        raise ValueError(f"--deepspeed {text}: there is no such file")
-    return json.loads(Path(text).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {text:.60}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -417,8 +420,9 @@ def _share(numel: int, ranks: int) -> int:
     return math.ceil(numel / ranks)
 
 
-def stored_bytes(name: str, parameter: nn.Parameter, flags: Any) -> int:
-    """Bytes of a parameter as a run without DeepSpeed or FSDP holds it.
+def stored_bytes(name: str, parameter: nn.Parameter, flags: Any, width: int | None = None) -> int:
+    """Bytes of a parameter as a rank holds the whole of it. width: bytes of a number, by default
+    those of its type.
 
     --bits: a linear layer of the language model takes half a byte or one a weight, and its scales:
     64 weights share one (with --double_quant True 8 bit, and 32 bit for 256 of them), at 8 bit
@@ -432,7 +436,7 @@ def stored_bytes(name: str, parameter: nn.Parameter, flags: Any) -> int:
         and name.endswith(("_proj.weight", "base_layer.weight"))
     )
     if not quantised:
-        return size * parameter.element_size()
+        return size * (parameter.element_size() if width is None else width)
     if flags.bits == 8:
         return size + SINGLE * parameter.shape[0]
     blocks = math.ceil(size / 64)
@@ -489,7 +493,7 @@ def state_rows(model: Any, command: Command, used: frozenset[int]) -> list[Row]:
             "weights", held + whole
         )  # fmt: skip
     else:
-        weights = Row("weights", width * sum(p.numel() for _, p in named))
+        weights = Row("weights", sum(stored_bytes(name, p, flags, width) for name, p in named))
     whole_gradients = engine.name in ("zero0", "zero1")
     gradients = width * (count if whole_gradients else _share(count, sharing))
     if engine.offload_optimizer:
@@ -691,10 +695,13 @@ def format_estimate(found: Estimate, flags: Any) -> str:
         f"A sample: {usual.visual} visual and {usual.text} text tokens, all text learned; the "
         "second column: every sample as long as --model_max_length.",
         "Not counted: the allocator's waste, workspaces of kernels, the libraries' own memory.",
-        "",
-        *_time_lines(found.time, flags),
     ]
-    return "\n".join(lines)
+    if flags.dual_speed:
+        lines.append(
+            "--dual_speed: these are fast steps; a slow one runs on all tokens (--reduction none), "
+            "and under the plan once more without a gradient."
+        )
+    return "\n".join([*lines, "", *_time_lines(found.time)])
 
 
 def _line(name: str, usual: int, longest: int, host: int) -> str:
@@ -703,7 +710,7 @@ def _line(name: str, usual: int, longest: int, host: int) -> str:
     )
 
 
-def _time_lines(time: dict[str, Any], flags: Any) -> list[str]:
+def _time_lines(time: dict[str, Any]) -> list[str]:
     lines = [
         f"a sample: {time['tokens_a_sample']:.0f} tokens, {time['computed_tokens_a_sample']:.0f} "
         f"computed, {time['tflops_a_sample']:.4g} TFLOP (+ {time['recomputed_tflops_a_sample']:.4g}"

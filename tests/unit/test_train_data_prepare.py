@@ -15,6 +15,7 @@ import pytest
 from llava.cli import main
 from llava.train import data_prepare
 from llava.train.data_prepare import TRAIN_SETS, Matcher, list_lines
+from llava.train.records import Records
 
 PICTURES = {
     "coco/train2017/000000033471.jpg": b"coco",
@@ -68,6 +69,7 @@ def downloads(tmp_path: Path) -> Path:
     ocr.mkdir(parents=True)
     (ocr / "1437717772.gif").write_bytes(b"GIF89a by another name")
     (ocr / "bound.jpg").write_bytes(b"a jpeg")
+    (ocr / "bound.jpg").chmod(0o600)
     samples = [record(i, name) for i, name in enumerate([*PICTURES, None])]
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(samples))
     return folder
@@ -101,8 +103,36 @@ def test_the_folders_are_what_the_json_names(tmp_path, downloads, capsys):
     assert "coco: 1 samples, 364100 in the published file" in capsys.readouterr().out
     linked = tmp_path / "data" / "ocr_vqa" / "images" / "bound.jpg"
     assert os.stat(linked).st_nlink == 2  # a folder's files are not copied
+    assert os.stat(linked).st_mode & 0o777 == 0o600  # they are the user's, as they were
+    assert os.stat(tmp_path / "data" / "gqa/images/2354786.jpg").st_mode & 0o777 == 0o644
     shutil.rmtree(downloads)
     assert prepare(tmp_path) == 0  # nothing is asked for that is there
+
+
+def test_an_archive_that_python_cannot_unpack_is_named(tmp_path, downloads, capsys):
+    """Deflate64, as Windows writes large zips, and a password: both in the headers alone."""
+    archive = downloads / "train2017.zip"
+    whole = archive.read_bytes()
+    for at, value, reason in ((8, 9, "compression"), (6, 1, "encrypted")):
+        content = bytearray(whole)
+        for mark, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+            found = content.find(mark)
+            while found >= 0:
+                content[found + at + shift] = value
+                found = content.find(mark, found + 4)
+        archive.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            prepare(tmp_path, "--only", "coco")
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{archive} cannot be read" in error
+        assert reason in error
+
+
+@pytest.mark.parametrize("path", [".", "/etc/passwd", "a/../../b", "a\\b"])
+def test_a_path_that_leads_elsewhere_is_refused(path):
+    with pytest.raises(ValueError, match=r"sample 0: image path .* leaves the data folder"):
+        data_prepare.survey(Records.of([record(0, path)]))
 
 
 def test_an_interrupted_call_goes_on(tmp_path, downloads, monkeypatch):

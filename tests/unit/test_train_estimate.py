@@ -197,13 +197,15 @@ def test_ranks_share_what_their_engine_shares(files):
     assert alone.pop("buffers, about").device == 0
     assert ddp.pop("buffers, about").device == alone["gradients"].device
     assert ddp == alone
-    with pytest.raises(ValueError, match="ZeRO stage 7"):
-        rows_of(files, deepspeed=zero(7))
+    for text, message in ((zero(7), "ZeRO stage 7"), ("{stage", "--deepspeed {stage: "),
+                          ("nowhere.json", r"nowhere\.json is missing")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            rows_of(files, deepspeed=text)
 
 
 def test_quantised_weights_take_half_a_byte(files, base):
     flags = {"init_from_config": None, "model_name_or_path": base, "lora_enable": True}
-    flags |= {"lora_r": 4, "bits": 16}
+    flags |= {"lora_r": 4}
     full = rows_of(files, **flags)
     linear = 4 * (4 * 16 * 16 + 3 * 16 * 32)  # weights of 4 layers
     found = {}
@@ -214,6 +216,10 @@ def test_quantised_weights_take_half_a_byte(files, base):
     assert found[8, True] == 4 * linear - linear - 4 * rows
     assert found[4, False] == 4 * linear - linear // 2 - 4 * linear // 64
     assert found[4, True] == 4 * linear - linear // 2 - linear // 64 - 4 * 28  # 7 matrices a layer
+    zero2 = {"deepspeed": json.dumps({"zero_optimization": {"stage": 2}}), "bf16": True}
+    shared = [rows_of(files, 2, **flags, **zero2, **more) for more in ({}, {"bits": 4})]
+    saved = shared[0]["weights"].device - shared[1]["weights"].device
+    assert saved == 2 * linear - linear // 2 - linear // 64 - 4 * 28
 
 
 def test_time_needs_a_rate(tmp_path):
@@ -241,7 +247,10 @@ def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, 
     assert "24 tokens" in text
     assert "64 tokens" in text
     assert "no time: give --peak_tflops and --mfu" in text
+    assert "--dual_speed" not in text
     assert not (tmp_path / "none").exists()
+    main([*words(files, **CUTS), *asked, "--dual_speed", "0.1"])
+    assert "a slow one runs on all tokens" in capsys.readouterr().out
     rate = rate_of(1e-6, 0.5, None)
     asked = read_command(words(files, **CUTS, per_device_train_batch_size=3), 2)
     found = estimate(asked, text=20, rate=rate)
