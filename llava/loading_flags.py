@@ -32,16 +32,16 @@ def add_loading_flags(parser: argparse.ArgumentParser, device_map: str | None = 
     group.add_argument(
         "--device-map",
         default=device_map,
-        help="over all visible cards: auto, balanced, sequential; none: one device "
+        help="auto, balanced, sequential: one model over all visible GPUs; none: on one device "
         f"(default: {device_map or 'none'})",
     )
     group.add_argument(
         "--dtype",
-        help="checkpoint, float16, bfloat16, float32 (default: float16 on cuda and mps, float32 "
-        "on cpu)",
+        help="float16, bfloat16, float32, or checkpoint: that of the files (default: float16 on "
+        "cuda and mps, float32 on cpu)",
     )
-    group.add_argument("--load-8bit", action="store_true", help="through bitsandbytes")
-    group.add_argument("--load-4bit", action="store_true", help="through bitsandbytes")
+    group.add_argument("--load-8bit", action="store_true", help="8-bit weights (bitsandbytes)")
+    group.add_argument("--load-4bit", action="store_true", help="4-bit weights (bitsandbytes)")
     group.add_argument(
         "--attn-implementation", help="eager, sdpa, flash_attention_2 (default: sdpa)"
     )

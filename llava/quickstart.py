@@ -35,12 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava quickstart",
         description="Evaluate the shipped checkpoints with and without dropping visual tokens.",
     )
-    parser.add_argument("--checkpoints", nargs="+", default=list(CHECKPOINTS), metavar="FOLDER")
+    parser.add_argument(
+        "--checkpoints", nargs="+", default=list(CHECKPOINTS), metavar="FOLDER",
+        help="default: the two shipped ones",
+    )  # fmt: skip
     parser.add_argument("--data", default="playground/data", help="where the digits data goes")
     parser.add_argument("--out", default="results/quickstart", help="where the results go")
     parser.add_argument("--limit", type=int, help="questions of each set (default: by speed)")
     parser.add_argument("--full", action="store_true", help="all questions")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="questions answered together (default 64)"
+    )
     parser.add_argument(
         "--workers", type=int, default=cpus(), help="processes that answer (default: all CPUs)"
     )

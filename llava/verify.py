@@ -316,9 +316,13 @@ def parser() -> argparse.ArgumentParser:
     add_loading_flags(flags)
     add_reduction_flags(flags)
     flags.add_argument("--benchmark", help="answer this set and compare with the published score")
-    flags.add_argument("--data-root", default=str(DATA_ROOT))
+    flags.add_argument(
+        "--data-root",
+        default=str(DATA_ROOT),
+        help="folder of the benchmarks (default playground/data/eval)",
+    )
     flags.add_argument("--limit", type=int, help="about so many of its questions")
-    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--batch-size", type=int, default=8, help="of --benchmark (default 8)")
     flags.add_argument("--json", metavar="FILE", help="write the report there as well")
     return flags
 

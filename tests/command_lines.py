@@ -36,6 +36,7 @@ TRAINS = (
     "llava.train.train_mem_pdrop_next",
 )
 LEGACY = ("model_vqa", "model_vqa_science", "model_vqa_mmbench", "run_llava")
+OTHERS = ("bench_eval", "train_speed", *LEGACY)
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "srun")
 
 
@@ -244,29 +245,31 @@ def stop_behind_the_parser(fragment: bool = False) -> Iterator[None]:
         yield
 
 
-def all_flags() -> set[str]:
-    """The flags of all commands."""
-    from llava.eval import bench_eval, train_speed
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
     from llava.train import arguments, estimate
 
-    parsers: list[argparse.ArgumentParser] = [arguments.build_parser(), estimate.own_parser()]
+    found = {"train": arguments.build_parser(), "train --estimate": estimate.own_parser()}
 
     def hold(parser: Any, words: Any = None, namespace: Any = None) -> Any:
-        parsers.append(parser)
-        raise Parsed
+        raise Parsed(parser)
 
-    commands = [*cli.COMMANDS.values(), *cli.DATA_COMMANDS.values()]
-    functions = [
-        getattr(importlib.import_module(module), name)
-        for module, name in (command.target.split(":") for command in commands)
-        if module not in TRAINS
-    ]
-    legacy = [importlib.import_module(f"llava.eval.{name}").main for name in LEGACY]
+    commands = {**cli.COMMANDS, **cli.DATA_COMMANDS}
+    targets = {name: command.target.split(":") for name, command in commands.items()}
+    targets |= {name: (f"llava.eval.{name}", "main") for name in OTHERS}
     with mock.patch.object(argparse.ArgumentParser, "parse_args", hold):
-        for function in (*functions, bench_eval.main, train_speed.main, *legacy):
-            with contextlib.suppress(Parsed):
-                function([])
-    return {flag for parser in parsers for flag in parser._option_string_actions}
+        for name, (module, function) in targets.items():
+            if name not in found:
+                try:
+                    getattr(importlib.import_module(module), function)([])
+                except Parsed as parsed:
+                    found[name] = parsed.args[0]
+    return found
+
+
+def all_flags() -> set[str]:
+    """The flags of all commands."""
+    return {flag for parser in parsers().values() for flag in parser._option_string_actions}
 
 
 def wrong_plans(plans: Any) -> str | None:

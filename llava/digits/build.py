@@ -1,6 +1,6 @@
-"""Builds the digits benchmark: tokenizer, evaluation sets, training pictures and conversations.
+"""Build the digits benchmark: tokenizer, evaluation sets, training pictures and conversations.
 
-    python -m llava.digits.build --out playground/data [--parts eval] [--seed 0]
+    llava digits --out playground/data [--parts eval] [--seed 0]
 
 Evaluation sets go to `<out>/eval/digits/<set>`, where LLaVA keeps its benchmarks; the tokenizer
 and the training data to `<out>/digits`. Each part is built in a hidden folder beside its place and
@@ -107,7 +107,7 @@ def build_train(out: Path, seed: int = 0, pictures: int = TRAIN_PICTURES) -> boo
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="llava digits", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to build in")
     parser.add_argument("--seed", type=int, default=0, help="seed of all scenes and questions")
     parser.add_argument(

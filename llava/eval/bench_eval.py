@@ -256,8 +256,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava bench eval",
         description="Questions a second, picture by picture against one question at a time.",
     )
-    parser.add_argument("--model-path", default="checkpoints/llava-digits")
-    parser.add_argument("--data-root", default=str(DATA_ROOT))
+    parser.add_argument(
+        "--model-path", default="checkpoints/llava-digits", help="default checkpoints/llava-digits"
+    )
+    parser.add_argument(
+        "--data-root",
+        default=str(DATA_ROOT),
+        help="where digits/ is (default playground/data/eval)",
+    )
     parser.add_argument("--pictures", type=int, default=5, help="of the POPE set (default 5)")
     parser.add_argument("--preset", default="cpu-512", help="size of the prefill's model")
     parser.add_argument("--questions", type=int, default=9, help="in the prefill (default 9)")

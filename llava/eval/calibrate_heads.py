@@ -141,14 +141,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="questions run together")
     data = parser.add_argument_group("questions (with pictures; their answers are not needed)")
     data.add_argument("--question-file", action="append", default=[], help="may be repeated")
-    data.add_argument("--image-folder", default="", help="of the question files")
+    data.add_argument("--image-folder", default="", help="folder that the image paths start from")
     data.add_argument("--benchmark", help="sets by name, e.g. digits, instead of files")
     data.add_argument("--data-root", default=str(DATA_ROOT), help="of --benchmark")
     data.add_argument("--samples", type=int, default=100, help="questions to use (default 100)")
-    rule = parser.add_argument_group("the mask (one of the two; several numbers: several masks)")
-    rule.add_argument("--threshold", type=float, nargs="+", help="ratio a head has to exceed")
+    rule = parser.add_argument_group(
+        "the mask (--threshold or --average-heads; several numbers: several masks)"
+    )
+    rule.add_argument(
+        "--threshold", type=float, nargs="+", help="attention to pictures over that to text"
+    )
     rule.add_argument("--average-heads", type=float, nargs="+", help="heads a layer, on average")
-    rule.add_argument("--votes", type=float, default=VOTES, help=f"share needed (default {VOTES})")
+    rule.add_argument(
+        "--votes",
+        type=float,
+        default=VOTES,
+        help=f"share of the samples that must be above it (default {VOTES})",
+    )
     rule.add_argument("--always", type=int, default=ALWAYS, help="first layers that keep all heads")
     parser.add_argument("--output", required=True, help="file name without .npy and .safetensors")
     return parser

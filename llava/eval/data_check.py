@@ -171,7 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the named benchmarks."""
     flags = argparse.ArgumentParser(prog="llava data check", description="Check sets on disk.")
     flags.add_argument("benchmarks", nargs="+", metavar="NAME", help="benchmark, group, or `all`")
-    flags.add_argument("--data-root", default=str(DATA_ROOT))
+    flags.add_argument(
+        "--data-root",
+        default=str(DATA_ROOT),
+        help="folder of the benchmarks (default playground/data/eval)",
+    )
     flags.add_argument("--no-decode", action="store_true", help="look for pictures, open none")
     flags.add_argument("--json", metavar="FILE", help="write the report there as well")
     flags.add_argument("--workers", type=int, help="pictures opened at a time")

@@ -236,7 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="llava data prepare", description="Benchmarks from the hub, in LLaVA's layout."
     )
     flags.add_argument("benchmarks", nargs="+", metavar="NAME", help=", ".join(HUB))
-    flags.add_argument("--data-root", default=str(DATA_ROOT))
+    flags.add_argument(
+        "--data-root",
+        default=str(DATA_ROOT),
+        help="folder of the benchmarks (default playground/data/eval)",
+    )
     flags.add_argument("--source", help="another hub id, or a folder with the downloaded set")
     flags.add_argument("--limit", type=int, help="the first so many rows only")
     args = flags.parse_args(argv)

@@ -27,20 +27,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model answers and how (shared with `llava eval`)."""
     add_loading_flags(parser, device_map=None)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--top_p", type=float, help="nucleus sampling, where temperature is not 0")
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search (default 1: none)")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     parser.add_argument(
         "--batch-size", type=batch_size, default=8, metavar="N",
-        help="questions answered together; auto: as many as the device's memory takes",
+        help="questions answered together, or auto: as many as fit into the device's memory",
     )  # fmt: skip
-    parser.add_argument("--blind", action="store_true", help="show a grey picture instead")
+    parser.add_argument("--blind", action="store_true", help="show a grey picture instead of each")
     parser.add_argument(
-        "--no-share", action="store_true", help="whole prompts: no common prefill for a picture"
+        "--no-share", action="store_true", help="no common prefill for questions about one picture"
     )
     parser.add_argument("--workers", type=int, default=WORKERS, help="threads that open pictures")
     add_reduction_flags(parser)
-    parser.add_argument("--pdrop_infer", nargs="?", help="accepted from old scripts, has no effect")
+    parser.add_argument("--pdrop_infer", nargs="?", help="no effect; accepted from old scripts")
 
 
 def default_device(ranks: Ranks) -> str:

@@ -277,7 +277,7 @@ def card(number: str, label: str) -> str:
 def legend(rows: Sequence[Row]) -> str:
     """Colours of the methods."""
     names = unique([method_of(row["plan"]) for row in rows])
-    words = {"none": "no dropping", "pyramiddrop": "PyramidDrop"}
+    words = {"none": "no dropping"}
     items = (
         f'<span><i style="background:{colour(name)}"></i>{escape(words.get(name, name))}</span>'
         for name in names

@@ -170,7 +170,11 @@ def parser() -> argparse.ArgumentParser:
     add_model_flags(flags)
     flags.add_argument("--max_new_tokens", type=int, help="default: the benchmark's own")
     flags.add_argument("--limit", type=int, help="about so many questions of each, evenly spaced")
-    flags.add_argument("--data-root", default=str(DATA_ROOT))
+    flags.add_argument(
+        "--data-root",
+        default=str(DATA_ROOT),
+        help="folder of the benchmarks (default playground/data/eval)",
+    )
     flags.add_argument("--results", default="results", help="folder of the runs")
     flags.add_argument("--json", metavar="FILE", help="write the rows there as well")
     flags.set_defaults(batch_size=32)

@@ -246,7 +246,7 @@ def compare_main(argv: Sequence[str] | None = None) -> int:
         prog="llava compare", description="What run B gains over run A, question by question."
     )
     flags.add_argument("first", metavar="A", help="a run's folder, or its scores.json")
-    flags.add_argument("second", metavar="B")
+    flags.add_argument("second", metavar="B", help="another one over the same questions")
     flags.add_argument("--json", metavar="FILE", help="write the table there as well")
     args = flags.parse_args(argv)
     first, second = read_scores(args.first), read_scores(args.second)

@@ -298,7 +298,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_loading_flags(parser)
     parser.add_argument("--image", nargs="+", required=True, help="one picture or several")
-    parser.add_argument("--question", required=True)
+    parser.add_argument("--question", required=True, help="what is asked about the pictures")
     plans = parser.add_argument_group("plans (no dropping is always shown)")
     plans.add_argument(
         "--reduction",
@@ -310,8 +310,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--layer_list", metavar="LIST", help="PyramidDrop's layers, as one more plan"
     )
     plans.add_argument("--image_token_ratio_list", metavar="LIST", help="its kept shares")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--out", default="show.html", help="NAME.html, or a folder for PNGs")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, help="longest answer (default 32)"
+    )
+    parser.add_argument(
+        "--out", default="show.html", help="NAME.html, NAME.png, or a folder for PNGs"
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was drawn there too")
     return parser
 

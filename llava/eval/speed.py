@@ -538,7 +538,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of ``llava bench``."""
     parser = argparse.ArgumentParser(
         prog="llava bench",
-        description="Measured speed of a reduction plan beside its ideal. Random weights.",
+        description="Measure the speed of a plan beside what its FLOPs allow. Random weights.",
         epilog=f"further benchmarks: llava bench {' | '.join(WHOLE_RUNS)} (--help for each)",
     )
     parser.add_argument("--preset", default="cpu-512", help=", ".join(flops.PRESETS))

@@ -294,7 +294,10 @@ def extract_projector(source: str | Path, target: str | Path) -> list[str]:
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """`llava convert --to hf|llava SOURCE TARGET`."""
-    parser = argparse.ArgumentParser(prog="llava convert", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="llava convert",
+        description="Write a checkpoint of any layout in LLaVA's layout or in transformers'.",
+    )
     parser.add_argument("source", help="checkpoint folder, or hub id")
     parser.add_argument("target", help="folder to make")
     parser.add_argument("--to", required=True, choices=["hf", "llava"], help="layout to write")

@@ -403,7 +403,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of ``llava plan``."""
     parser = argparse.ArgumentParser(
         prog="llava plan",
-        description="Layers and ratios of a method that keep within a budget.",
+        description="Find the layers and ratios with which a method stays within a budget.",
     )
     parser.add_argument("--method", default="pyramiddrop", help=", ".join(METHODS))
     asked = parser.add_argument_group("budget (one of them)").add_mutually_exclusive_group(

@@ -20,7 +20,8 @@ def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
         "--reduction",
         metavar="PLAN",
         help='a plan: "none", "pyramiddrop:layers=[8,16,24],ratios=[0.5,0.25,0.125]", '
-        '"fastv:k=2,r=0.5", methods joined by "+", plan.json',
+        '"fastv:k=2,r=0.5", several methods joined by "+", or plan.json. `llava plan` finds one '
+        "for a budget; docs/Reduction.md has all methods",
     )
     group.add_argument("--layer_list", metavar="LIST", help='PyramidDrop\'s layers: "[8,16,24]"')
     group.add_argument(
@@ -31,7 +32,7 @@ def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--default-reduction",
         metavar="PLAN",
-        help="the plan where neither a flag nor the checkpoint says one (default: none)",
+        help="the plan if neither a flag nor the checkpoint names one (default: none)",
     )
 
 

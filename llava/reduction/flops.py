@@ -576,7 +576,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of ``llava flops``."""
     parser = argparse.ArgumentParser(
         prog="llava flops",
-        description="Cost of a reduction plan in closed form, in the papers' and in full FLOPs.",
+        description="Calculate the cost of a plan, as the papers count it and in full FLOPs.",
     )
     parser.add_argument("--preset", default="llava-1.5-7b", help=", ".join(PRESETS))
     parser.add_argument("--visual-tokens", type=int, help="instead of the preset's number")

@@ -144,15 +144,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of ``llava chat``; LLaVA's flags and the plan's."""
     parser = argparse.ArgumentParser(
         prog="llava chat",
-        description="A dialogue about pictures in the terminal. In it: "
-        + "; ".join(f"{name} {what}" for name, what in COMMANDS.items()),
+        description="A dialogue about pictures in the terminal. In the dialogue:\n\n"
+        + "\n".join(f"  {name:<16} {what}" for name, what in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_loading_flags(parser)
     parser.add_argument("--image-file", help="paths or http(s) URLs, joined by SEP")
     parser.add_argument("--sep", default=",", help="what joins several image files (default ,)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default 0.2)")
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--top_p", type=float, help="nucleus sampling, where temperature is not 0")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, help="longest answer (default 512)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     parser.add_argument("--debug", action="store_true", help="print time and text of each turn")
     add_reduction_flags(parser)

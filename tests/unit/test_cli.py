@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_lines import LEGACY, parsers
 
 from llava import __version__, cli
 
@@ -27,6 +28,21 @@ def test_every_command_answers_help(name: str, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     assert "usage:" in capsys.readouterr().out
     assert cli.COMMANDS[name].summary in cli.usage()
+
+
+def test_every_flag_says_what_it_does() -> None:
+    """... and each command what it is, under its own name."""
+    found = parsers()
+    assert set(found) >= {*cli.COMMANDS, *cli.DATA_COMMANDS}
+    silent = [
+        f"{name} {action.dest}"
+        for name, parser in found.items()
+        for action in parser._actions
+        if not action.help and name not in LEGACY and not isinstance(action.choices, dict)
+    ]
+    assert silent == []
+    for name in (*cli.COMMANDS, *cli.DATA_COMMANDS):
+        assert found[name].prog.endswith(f" {name}"), found[name].prog
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
