@@ -148,6 +148,10 @@ def check_form(turns: Any, speakers: Sequence[str] | None = HUMAN_NAMES + ANSWER
             raise ValueError(
                 f"turn {i} must be {{'from': 'human' or 'gpt', 'value': text}}, got {turn!r:.80}"
             )
+        try:
+            turn["value"].encode()  # JSON can hold half of a surrogate pair, which has no ids
+        except UnicodeEncodeError as error:
+            raise ValueError(f"turn {i} must be text that can be written: {error}") from error
 
 
 def check_turns(turns: Any) -> list[Turn]:

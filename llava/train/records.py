@@ -96,16 +96,18 @@ def _starts(path: Path) -> str:
 
 def _read_mixture(path: Path) -> list[Source]:
     """Paths in a mixture file start from its own folder."""
-    text = path.read_text(encoding="utf-8-sig")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             found = json.loads(text)
         else:
             import yaml
 
             found = yaml.safe_load(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        kind = "JSON (samples one a line need the ending .jsonl)"
+        kind = kind if path.suffix == ".json" else "YAML"
+        raise ValueError(f"{path} is not {kind}: {error}") from error
     except Exception as error:  # yaml's own errors are no ValueErrors
         if type(error).__module__.split(".")[0] != "yaml":
             raise
@@ -139,7 +141,7 @@ def _mixture_entry(file: Path, number: int, entry: Any) -> Source:
 
 def _number(value: Any, where: str) -> float:
     try:
-        return float(value)
+        return float("no weight" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         raise ValueError(f"{where}: weight {value!r}; accepted: a number above 0") from None
 
@@ -200,7 +202,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
             where = f"{path}, record {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             yield Row.of(line, record, where)
 
@@ -220,7 +222,7 @@ def _read_list(path: Path) -> Iterator[Row]:
             where = f"{path}, record {number}"
             try:
                 record, end = decoder.raw_decode(text, at)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             yield Row.of(text[at:end], record, where)
             number, at = number + 1, _skip(text, end)

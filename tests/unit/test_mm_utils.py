@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 from io import BytesIO
 from types import SimpleNamespace
@@ -60,6 +61,9 @@ def test_load_image_says_what_is_wrong_and_where(tmp_path):
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match="folder"):
         load_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"no regular file.*pipe\.png"):
+        load_image(tmp_path / "pipe.png")
     text = tmp_path / "text.png"
     text.write_text("no picture")
     with pytest.raises(ValueError, match=r"not an image file.*text\.png"):

@@ -118,6 +118,7 @@ def test_pictures_of_different_shapes_come_as_a_list():
         (sample("<image> <image> what", "red", "red.png", "x7"), r"\(id x7\).*2 <image> mark"),
         (sample("what", "", ident="x7"), r"\(id x7\).*nothing to learn"),
         ({"id": "x7"}, r"\(id x7\).*no 'conversations'"),
+        ({"id": "x7", "conversations": 5}, r"\(id x7\).*'conversations' must be"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(tokenizer, reader, record, message):

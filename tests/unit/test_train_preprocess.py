@@ -201,11 +201,14 @@ def test_bad_turns_are_refused(turns, message):
 
 
 @pytest.mark.parametrize("turns", ["text", [], ["hello"], [{"from": "human"}], [{"value": "a"}],
-                                   [{"from": "human", "value": None}]])  # fmt: skip
-@pytest.mark.parametrize("version", ["v1", "v0", "plain"])
-def test_what_is_no_turn_is_refused_in_legacy_mode_too(turns, version):
+                                   [{"from": "human", "value": None}], 5, None, {"from": "human"},
+                                   [{"from": ["human"], "value": "a"}],
+                                   [{"from": "human", "value": "\ud800"}]])  # fmt: skip
+@pytest.mark.parametrize("version", ["v1", "v0", "plain", "mpt"])
+@pytest.mark.parametrize("label_mode", ["legacy", "segments"])
+def test_what_is_no_turn_is_refused_in_both_modes(turns, version, label_mode):
     with pytest.raises(ValueError, match="turn 0 must be|non-empty list"):
-        preprocess(turns, bpe(byte_level=True), training_template(version), label_mode="legacy")
+        preprocess(turns, bpe(byte_level=True), training_template(version), label_mode=label_mode)
 
 
 def test_a_leading_answer_is_dropped():

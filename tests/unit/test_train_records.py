@@ -78,6 +78,10 @@ def test_every_form_holds_the_same_samples(tmp_path, name, small):
         ("a.jsonl", "\n", "no sample"),
         ("a.jsonl", '{"id": 1}\n{oops\n', "record 1 is not JSON"),
         ("a.json", b"[\xff]", "not JSON"),
+        ("a.json", '[{"id": 1}]'.encode("utf-16"), "not JSON"),
+        ("a.json", '{"id": 1}\n{"id": 2}\n', r"need the ending \.jsonl"),
+        ("a.json", "[" * 100_000, "record 0 is not JSON"),
+        ("a.jsonl", '{"id": ' + "[" * 100_000, "record 0 is not JSON"),
     ],
 )
 @pytest.mark.parametrize("small", [0, module.SMALL_FILE])
@@ -129,15 +133,19 @@ def test_what_data_path_may_say(tmp_path):
         ("none.json", "with a 'path'"),
         ("word.json", "weight 'half'"),
         ("a.json@0.01", "leaves no sample"),
+        ("true.json", "weight True"),
+        ("wide.yaml", "wide.yaml is not YAML"),
     ],
 )
 def test_mixtures_that_say_nothing_are_refused(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.json", RECORDS)
     (tmp_path / "bad.yaml").write_text("datasets: [}")
+    (tmp_path / "wide.yaml").write_text("datasets: []", encoding="utf-16")
     for name, entry in {
         "key": {"path": "a.json", "ratio": 1}, "none": {}, "word": {"path": "a.json",
                                                                   "weight": "half"},
+        "true": {"path": "a.json", "weight": True},
     }.items():  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps({"datasets": [entry]}))
     with pytest.raises(ValueError, match=message):
