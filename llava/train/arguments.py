@@ -253,8 +253,7 @@ class TrainingArguments(transformers.TrainingArguments):
     dual_speed_isolator: int = 4
     """DualSpeed: learned tokens in front of a picture that tell the model it is under the plan."""
     estimate: bool = False
-    """Predict memory and time from the config alone, and stop; its own flags, such as --world_size:
-    docs/Train.md."""
+    """Predict memory and time from the config alone, and stop; --estimate --help has more flags."""
     compare_steps: int = 0
     """Measure this many steps without the plan first, and end with what the plan saves."""
     peak_tflops: float | None = None
@@ -491,7 +490,7 @@ def parse_args(
         look_for_args_file=False,
     )
     if unknown:
-        raise ValueError(f"unknown flag(s): {' '.join(unknown)}{_meant(unknown)}")
+        raise ValueError(f"unknown flag(s): {' '.join(unknown)}{meant(unknown)}")
     if not data.data_path:
         raise ValueError("--data_path is needed")
     if (model.model_name_or_path is None) == (model.init_from_config is None):
@@ -503,7 +502,7 @@ def parse_args(
     return model, data, training
 
 
-def _meant(words: Sequence[str]) -> str:
+def meant(words: Sequence[str]) -> str:
     """What the first of some unknown words may have been."""
     if not words[0].startswith("-"):
         return " (a list with spaces needs quotes)"

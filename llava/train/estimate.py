@@ -51,6 +51,7 @@ from llava.train.arguments import (
     ModelArguments,
     build_parser,
     group_of,
+    meant,
     parse_pinpoints,
 )
 from llava.train.fsdp import fsdp_settings
@@ -145,7 +146,7 @@ def read_command(argv: Sequence[str], ranks: int) -> Command:
     """Parse a training command line. ValueError for unknown flags and values that do not fit."""
     flags, unknown = build_parser().parse_known_args(list(argv))
     if unknown:
-        raise ValueError(f"unknown flag(s): {' '.join(unknown)} (--help lists all flags)")
+        raise ValueError(f"unknown flag(s): {' '.join(unknown)}{meant(unknown)}")
     model, data = group_of(ModelArguments, flags), group_of(DataArguments, flags)
     if (model.model_name_or_path is None) == (model.init_from_config is None):
         raise ValueError("give one of --model_name_or_path and --init_from_config")
@@ -683,7 +684,8 @@ def format_estimate(found: Estimate, flags: Any) -> str:
         f"one of {found.ranks} rank(s), {found.engine}; {batch} samples in a micro-batch, "
         f"checkpointing {'on' if found.checkpointing else 'off'}",
         "",
-        f"{'GiB':<34}{f'{usual.tokens} tokens':>14}{f'{longest.tokens} tokens':>14}{'host':>10}",
+        f"{'GiB':<34}{f'{usual.tokens} tokens':>14}{f'{longest.tokens} tokens':>14}"
+        + (f"{'host':>10}" if any(row.host for row in found.rows) else ""),
     ]
     for row in found.rows:
         lines.append(_line(row.name, row.device, row.device, row.host))

@@ -124,7 +124,8 @@ class Probe(TrainerCallback):
         if trainer.args.process_index != 0 or not answers:
             return
         right = sum(answer.exact for answer in answers)
-        logger.info("step %d: %d of %d exact", trainer.state.global_step, right, len(answers))
+        step = trainer.state.global_step
+        logger.info("step %d: %d of %d answers equal the reference", step, right, len(answers))
         for each in answers:
             logger.info("  %s: %r, reference %r", each.name, each.answer, each.reference)
         rows = [f"| {a.name} | {_cell(a.answer)} | {_cell(a.reference)} |" for a in answers]
