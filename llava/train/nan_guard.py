@@ -102,11 +102,15 @@ def bad_parameter(model: nn.Module) -> Finding | None:
     """The first parameter (or this rank's share of it) that is not finite."""
     for name, parameter in model.named_parameters():
         share = getattr(parameter, "ds_tensor", parameter)
-        share = share.to_local() if hasattr(share, "to_local") else share
-        found = describe_bad(f"parameter {name}", share)
+        found = describe_bad(f"parameter {name}", _own_share(share))
         if found:
             return found
     return None
+
+
+def _own_share(tensor: Any) -> Any:
+    """What this rank holds of a tensor that FSDP2 has split; any other one as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def bad_picture(batch: dict[str, Any]) -> Finding | None:
@@ -130,10 +134,18 @@ def bad_activation(trainer: Any, batch: dict[str, Any]) -> tuple[Finding | None,
 def bad_gradient(trainer: Any, batch: dict[str, Any]) -> Finding | None:
     """The first parameter, in the order of the backward pass, whose gradient is not finite.
 
-    Gradients are asked for by name and not accumulated, so no wrapper reduces them.
+    Gradients are asked for by name and not accumulated, so no wrapper reduces them. FSDP2 computes
+    with other tensors than its parameters and knows reduced gradients alone: there it is the last
+    parameter in the order of the model, on every rank.
     """
     first = FirstBad()
     named = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    if trainer.is_fsdp_enabled:
+        loss_of(trainer, batch).backward()
+        for name, parameter in reversed(named):
+            first.look(f"gradient of {name}", _own_share(parameter.grad))
+        trainer.model.zero_grad(set_to_none=True)
+        return first.finding
 
     def looking(name: str) -> Callable[[Tensor], None]:
         return lambda gradient: first.look(f"gradient of {name}", gradient)

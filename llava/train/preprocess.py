@@ -353,13 +353,21 @@ def preprocess(
             turns = legacy_multimodal(turns, conv.version, use_im_start_end)
             _check_marks(turns, n_images)
         return legacy_labels(turns, tokenizer, conv, has_image=n_images > 0)
-    turns = check_turns(turns)
+    turns, conv = _ready(turns, tokenizer, conv, n_images, use_im_start_end)
+    return encode_segments(tokenizer, segments(conv, turns))
+
+
+def _ready(
+    turns: Any, tokenizer: Any, conv: Conversation, n_images: int, use_im_start_end: bool
+) -> tuple[list[Turn], Conversation]:
+    """The turns, checked and with their image marks in place, and the template with all it needs to
+    write them (Llama 3's own one asks the tokenizer)."""
     turns = preprocess_multimodal(
-        turns, n_images, version=conv.version, use_im_start_end=use_im_start_end
+        check_turns(turns), n_images, version=conv.version, use_im_start_end=use_im_start_end
     )
     if conv.sep_style is SeparatorStyle.LLAMA_3 and conv.tokenizer is None:
         conv = dataclasses.replace(conv, tokenizer=tokenizer)
-    return encode_segments(tokenizer, segments(conv, turns))
+    return turns, conv
 
 
 def first_turn_texts(
@@ -375,11 +383,7 @@ def first_turn_texts(
     A method that compares pictures with words must not see answers, and a picture is cut once for
     all turns, so the later questions do not count. Arguments and errors as `preprocess`.
     """
-    turns = preprocess_multimodal(
-        check_turns(turns), n_images, version=conv.version, use_im_start_end=use_im_start_end
-    )
-    if conv.sep_style is SeparatorStyle.LLAMA_3 and conv.tokenizer is None:
-        conv = dataclasses.replace(conv, tokenizer=tokenizer)
+    turns, conv = _ready(turns, tokenizer, conv, n_images, use_im_start_end)
     first = turns[:2]
     marked = [{**first[0], "value": STAND_IN}, first[1]]
     prompt, with_stand_in = (segments(conv, pair)[0].text for pair in (first, marked))

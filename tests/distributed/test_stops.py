@@ -70,6 +70,27 @@ def test_what_is_not_finite_on_one_rank_is_named_and_stops_both(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_gradient_that_is_not_finite_is_named(
+    start: Path, ranks: Ranks, tmp_path: Path, engine: str
+) -> None:
+    """Split weights; the loss is as it should be. FSDP2 knows the ranks' sum alone, and a layer's
+    norms stand behind its other weights."""
+    flags = flags_of(start, engine)
+    codes = ranks.codes(
+        command(**flags, output_dir=tmp_path), kill={"step": 1, "where": "gradient", "rank": 1}
+    )
+    assert codes == [EXIT_NOT_FINITE] * 2, ranks.logs()
+    report = json.loads((tmp_path / "nan_report.json").read_text())
+    assert (report["step"], report["not_finite"]) == (2, "gradient")
+    named = [(found["first_bad"] or {}).get("tensor") for found in report["ranks"]]
+    if engine == "fsdp2":
+        assert named == ["gradient of model.layers.1.post_attention_layernorm.weight"] * 2
+    else:
+        assert named == [None, "gradient of model.layers.1.mlp.down_proj.weight"]
+
+
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_ends_both_before_the_first_step(
     start: Path, ranks: Ranks, tmp_path: Path
 ) -> None:

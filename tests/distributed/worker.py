@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from llava.train.llava_trainer import LLaVATrainer
@@ -31,11 +32,24 @@ from llava.train.train import main
 RANK = os.environ["RANK"]
 
 
+class NotFiniteBehind(torch.autograd.Function):
+    """Its input as it is, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / 0
+
+
 def go_wrong_at(step: int, where: str, rank: int | None = None) -> None:
     """From now on the process kills itself in front of training step `step` ("step"), or while the
     checkpoint behind it is being written ("saving"); or it gets SIGUSR1 ("signal"), or a layer
-    gives what is not finite ("nan"), or a folder cannot be written ("unwritable"); or checkpoints
-    hold the frozen weights, as they once did ("as before").
+    gives what is not finite ("nan") or hands back such a gradient ("gradient"), or a folder cannot
+    be written ("unwritable"); or checkpoints hold the frozen weights, as they once did ("as
+    before").
     rank: the only one that this happens to."""
     if rank is not None and rank != int(RANK):
         return
@@ -47,9 +61,10 @@ def go_wrong_at(step: int, where: str, rank: int | None = None) -> None:
     original = getattr(LLaVATrainer, method)
 
     def going_wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= step and where == "nan":
+        if self.state.global_step >= step and where in ("nan", "gradient"):
             layer = next(m for name, m in self.model.named_modules() if name.endswith("1.mlp"))
-            layer.register_forward_hook(lambda module, args, output: output / 0)
+            fault = NotFiniteBehind.apply if where == "gradient" else lambda output: output / 0
+            layer.register_forward_hook(lambda module, args, output: fault(output))
         elif where == "unwritable":
             raise PermissionError("no writing here")
         elif self.state.global_step >= step:
