@@ -42,6 +42,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import ModelArguments, build_parser, group_of, parse_args
+from llava.train.resume import last_whole, what_to_resume
 from llava.train.safety import EXIT_PREEMPTED, STOP_SIGNALS, RunStopped
 from llava.train.setup import read_config
 from llava.train.telemetry import Meter, Work
@@ -446,9 +447,10 @@ def _nothing_to_compare(flags: Any) -> str | None:
     config = SimpleNamespace(**read_config(model_args)[1])
     if not resolve_plan(model_args.plan(), config)[0]:
         return "the run has no plan, there is nothing to compare it with"
-    wanted = flags.resume_from_checkpoint
-    found = any(Path(flags.output_dir or "trainer_output").glob("checkpoint-*/trainer_state.json"))
-    if wanted not in (None, "False", "false") or (found and not flags.overwrite_output_dir):
+    wanted = what_to_resume(flags)
+    if wanted is None:
+        wanted = last_whole(Path(flags.output_dir or "trainer_output"))
+    if wanted:
         return "the run goes on from a checkpoint; only its first part can be compared"
     return None
 

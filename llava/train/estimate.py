@@ -55,7 +55,7 @@ from llava.train.arguments import (
     parse_pinpoints,
 )
 from llava.train.fsdp import fsdp_settings
-from llava.train.parts import part_of
+from llava.train.parts import optimizer_bytes, part_of
 from llava.train.setup import (
     add_lora,
     check_plan,
@@ -445,27 +445,6 @@ def stored_bytes(name: str, parameter: nn.Parameter, flags: Any, width: int | No
     return math.ceil(size / 2) + scales
 
 
-def optimizer_bytes(parameters: Sequence[nn.Parameter], optim: str) -> int:
-    """Bytes of the optimizer's states, unshared; single numbers (a step count each) are left out.
-    ValueError for one that is not known."""
-    numbers = sum(parameter.numel() for parameter in parameters)
-    if "8bit" in optim:  # two states of a byte each; small tensors stay in 32 bit
-        small = [p.numel() for p in parameters if p.numel() < 4096]
-        return 2 * (numbers - sum(small)) + 2 * SINGLE * sum(small)
-    if optim.startswith("adamw"):
-        return 2 * SINGLE * numbers
-    if optim == "sgd":
-        return 0
-    if optim == "adafactor":  # rows and columns of a matrix
-        return SINGLE * sum(
-            sum(p.shape[-2:]) * (p.numel() // (p.shape[-1] * p.shape[-2]))
-            if p.dim() > 1
-            else p.numel()
-            for p in parameters
-        )
-    raise ValueError(f"--optim {optim}: its memory is not known; accepted: adamw*, sgd, adafactor")
-
-
 def state_rows(model: Any, command: Command, used: frozenset[int]) -> list[Row]:
     """Weights, gradients and optimizer of one rank. used: of `Kept`; DeepSpeed and FSDP2 keep room
     for every trained parameter, torch for those that get a gradient."""
@@ -474,7 +453,8 @@ def state_rows(model: Any, command: Command, used: frozenset[int]) -> list[Row]:
     trained = [parameter for _, parameter in named if parameter.requires_grad]
     if engine.name in ("single", "ddp"):
         trained = [parameter for parameter in trained if id(parameter) in used]
-    states = optimizer_bytes(trained, str(getattr(flags.optim, "value", flags.optim)))
+    shapes = [parameter.shape for parameter in trained]
+    states = optimizer_bytes(shapes, str(getattr(flags.optim, "value", flags.optim)))
     count = sum(parameter.numel() for parameter in trained)
     width = HALF if engine.half and engine.deepspeed else SINGLE
     if engine.name in ("single", "ddp"):

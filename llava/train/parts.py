@@ -6,7 +6,8 @@ llava_trainer.py (create_optimizer). ``python -m llava.train.train --mm_projecto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,3 +52,22 @@ def optimizer_groups(
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen")
     return [groups[key] for key in sorted(groups, key=str)]
+
+
+def optimizer_bytes(shapes: Iterable[Sequence[int]], optim: str) -> int:
+    """Bytes of an optimizer's states for float32 weights of these shapes, in memory as on disk;
+    single numbers (a step count each) are left out. ValueError for an --optim that is not known."""
+    name = optim.removeprefix("paged_")
+    states = 2 if name.startswith("adamw") else 1 if name.startswith("lion") else 0
+    if not states and name not in ("sgd", "adafactor"):
+        raise ValueError(
+            f"--optim {optim}: its memory is not known; accepted: adamw*, lion*, sgd, adafactor"
+        )
+    total = 0
+    for shape in shapes:
+        count = math.prod(shape)
+        if states:  # of a byte each in 8 bit, where a tensor is not too small for it
+            total += count * states * (1 if "8bit" in name and count >= 4096 else 4)
+        elif name == "adafactor":  # rows and columns of a matrix
+            total += 4 * (sum(shape[-2:]) * math.prod(shape[:-2]) if len(shape) > 1 else count)
+    return total

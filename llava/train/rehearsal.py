@@ -25,14 +25,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from llava.model.tokenizers import read_tokenizer
-from llava.train.parts import NEWLINE, PROJECTOR
+from llava.train.parts import NEWLINE, PROJECTOR, optimizer_bytes
 from llava.train.safety import from_all_ranks
 from llava.utils import describe_error, get_logger
 
 logger = get_logger(__name__)
-
-STATE_BYTES = {"sgd": 0, "adafactor": 0, "lion": 4, "8bit": 2}
-"""Bytes an optimizer keeps for each float32 weight, by a part of its name; AdamW's 8 otherwise."""
 
 
 def rehearse(trainer: Any, facts: Mapping[str, Any]) -> None:
@@ -134,7 +131,8 @@ def sizes(trainer: Any) -> Sizes:
     sharded = bool(args.deepspeed) or bool(getattr(trainer, "is_fsdp_enabled", False))
     half = bool(args.deepspeed) and (args.bf16 or args.fp16)  # its engine turns the weights into it
     seen: set[int] = set()
-    saved = trained = trained_bytes = 0
+    saved = trained_bytes = 0
+    shapes = []
     for name, value in trainer.model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or _identity(value) in seen:
             continue
@@ -142,16 +140,24 @@ def sizes(trainer: Any) -> Sizes:
         count = int(getattr(value, "ds_numel", value.numel()))
         size = count * (2 if half and value.is_floating_point() else value.element_size())
         saved += size if _is_saved(trainer, name, value) else 0
-        trained += count if value.requires_grad else 0
-        trained_bytes += size if value.requires_grad else 0
-    name = str(getattr(args.optim, "value", args.optim)).lower()
-    per_weight = next((size for part, size in STATE_BYTES.items() if part in name), 8)
-    state = trained * (per_weight + (4 if args.deepspeed else 0))  # its float32 copies
+        if value.requires_grad:
+            trained_bytes += size
+            shapes.append(tuple(getattr(value, "ds_shape", value.shape)))
+    state = _state_bytes(shapes, str(getattr(args.optim, "value", args.optim)))
+    if args.deepspeed:
+        state += 4 * sum(map(math.prod, shapes))  # its float32 copies
     if sharded and not is_zero3(args):  # ZeRO-3 keeps the float32 copies alone
         state += trained_bytes
     resumable = 0 if args.save_only_model else state
     largest = max(min(saved, 50 * 10**9), resumable // (args.world_size if sharded else 1))
     return Sizes(saved, saved + resumable, largest)
+
+
+def _state_bytes(shapes: list[tuple[int, ...]], optim: str) -> int:
+    try:
+        return optimizer_bytes(shapes, optim)
+    except ValueError:  # one that is not known: as AdamW
+        return optimizer_bytes(shapes, "adamw")
 
 
 def _is_saved(trainer: Any, name: str, value: Tensor) -> bool:

@@ -37,9 +37,8 @@ def checkpoint_to_resume(args: Any) -> str | None:
     """
     if args.local_process_index == 0:
         remove_leftovers(Path(args.output_dir))
-    wanted = args.resume_from_checkpoint
-    wanted = {"True": True, "true": True, "False": False, "false": False}.get(wanted, wanted)
-    if wanted is False or (wanted is None and args.overwrite_output_dir):
+    wanted = what_to_resume(args)
+    if wanted is False:
         return None
     if isinstance(wanted, str):
         folder, fault = Path(wanted), incomplete(Path(wanted))
@@ -57,6 +56,14 @@ def checkpoint_to_resume(args: Any) -> str | None:
     logger.info("going on from %s", folder)
     fit_engine(folder, args)
     return str(folder)
+
+
+def what_to_resume(args: Any) -> str | bool | None:
+    """What the flags ask for: a folder, the last checkpoint (True), none (False), or the last one
+    if there is any (None)."""
+    wanted = args.resume_from_checkpoint
+    wanted = {"True": True, "true": True, "False": False, "false": False}.get(wanted, wanted)
+    return False if wanted is None and args.overwrite_output_dir else wanted
 
 
 def last_whole(folder: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Two ranks, or one of them, are killed at a random step or while they save, and go on: bit for bit
-the undisturbed run, under every engine and in every stage; and with another number of ranks the same curve. What a
-run does not train is in no engine's part of a checkpoint, and can come from its own base alone.
+the undisturbed run, under every engine and in every stage; and with another number of ranks the
+same curve. What a run does not train is in no engine's part of a checkpoint, and can come from its
+own base alone.
 
 The step is drawn from a seed that a failure prints; ``LLAVA_KILL_SEED=N`` repeats it.
 """

@@ -87,6 +87,20 @@ def test_there_may_be_nothing_to_compare(files, tmp_path, monkeypatch, caplog):
         run_without_plan(recipe(files, tmp_path, **none, reduction="none"))
     assert sum("no plan, there is nothing to compare" in m for m in caplog.messages) == 2
     run_without_plan(recipe(files, tmp_path))
+    (tmp_path / "checkpoint-2").mkdir()
+    whole = tmp_path / "checkpoint-2" / "trainer_state.json"
+    for text, more, goes_on in (
+        ("{", {}, False),
+        ("{}", {}, True),
+        ("{}", {"overwrite_output_dir": True}, False),
+        ("{}", {"resume_from_checkpoint": "False"}, False),
+        ("{", {"resume_from_checkpoint": "elsewhere"}, True),
+    ):
+        whole.write_text(text)
+        started: list[object] = []
+        monkeypatch.setattr(module, "_run_child", lambda *a, to=started: to.append(a) or 0)
+        run_without_plan(recipe(files, tmp_path, compare_steps=5, **more))
+        assert goes_on != bool(started)
     for steps in (-1, 3):
         with pytest.raises(ValueError, match=f"compare_steps {steps}"):
             run_without_plan(recipe(files, tmp_path, compare_steps=steps))

@@ -27,7 +27,6 @@ from llava.train.estimate import (  # noqa: E402
     estimate,
     fake_model,
     kept_of,
-    optimizer_bytes,
     rate_of,
     read_command,
     wanted,
@@ -309,8 +308,3 @@ def test_who_asks_for_an_estimate():
     assert wanted(["--estimate", "True"])
     assert not wanted(["--estimate", "False"])
     assert not wanted(["--output_dir", "estimate"])
-
-
-def test_an_optimizer_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="galore"):
-        optimizer_bytes([], "galore_adamw")

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import Adafactor
 
 from llava.train import callbacks
 from llava.train.callbacks import ProgressLines
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.parts import optimizer_groups, part_of
+from llava.train.parts import optimizer_bytes, optimizer_groups, part_of
 from llava.train.saving import load_projector_state, projector_state, staging_folder
 
 
@@ -54,6 +55,32 @@ def test_without_rates_every_trained_parameter_is_in_one_of_two_groups():
     assert set().union(*(names(model, group) for group in groups)) == {
         "embed_tokens.weight", "mm_projector.weight", "mm_projector.bias", "image_newline",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("adafactor", lambda p: Adafactor(p, lr=1e-3, relative_step=False)),
+        ("sgd", torch.optim.SGD),
+    ],
+)
+def test_an_optimizer_keeps_what_is_counted(name, make):
+    weights = [nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (5,), (2, 3, 4))]
+    optimizer = make(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = [v for state in optimizer.state.values() for v in state.values()]
+    expected = sum(v.nbytes for v in kept if isinstance(v, torch.Tensor) and v.dim())
+    assert optimizer_bytes([weight.shape for weight in weights], name) == expected
+
+
+def test_eight_bits_are_for_large_tensors_and_an_unknown_optimizer_is_refused():
+    assert optimizer_bytes([(64, 64), (64,)], "paged_adamw_8bit") == 2 * 64 * 64 + 2 * 4 * 64
+    assert optimizer_bytes([(64, 64), (64,)], "lion_8bit") == 64 * 64 + 4 * 64
+    with pytest.raises(ValueError, match="galore"):
+        optimizer_bytes([], "galore_adamw")
 
 
 def test_a_frozen_model_is_refused():
