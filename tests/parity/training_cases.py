@@ -171,7 +171,7 @@ def through_trainer(case: Path) -> list[tuple[str, Any]]:
         model.config.visual_token_reduction = plan_of(meta).to_dict()
         model.get_vision_tower().requires_grad_(False)
         check = Check(ATOL, RTOL)
-        loss, grads = _one_step(model, inputs, packed)
+        loss, grads = one_step(model, inputs, packed)
         check.close("loss", torch.tensor([loss]), expected["loss"])
         check_without_gradient(check, grads, meta)
         squares = [float(g.double().square().sum()) for g in grads.values() if g is not None]
@@ -193,9 +193,11 @@ def check_without_gradient(check: Any, grads: dict[str, Any], meta: dict[str, An
         check.failures.append(f"parameters without a gradient: {missing}, with one: {extra}")
 
 
-def _one_step(model: Any, inputs: dict[str, Any], packed: bool) -> tuple[float, dict[str, Any]]:
+def one_step(
+    model: Any, inputs: dict[str, Any], packed: bool, **changes: Any
+) -> tuple[float, dict[str, Any]]:
     """A run of one step on the recorded samples: its loss, and the gradients in front of the
-    optimizer by parameter (None where there is none)."""
+    optimizer by parameter (None where there is none). changes: of the training arguments."""
     import tempfile
 
     from transformers import TrainerCallback
@@ -215,10 +217,11 @@ def _one_step(model: Any, inputs: dict[str, Any], packed: bool) -> tuple[float, 
 
     dataset = recorded_dataset(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
+        settings = {"per_device_train_batch_size": len(dataset), **changes}
         args = TrainingArguments(
             output_dir=folder, use_cpu=True, packed=packed, report_to="none", max_steps=1,
-            per_device_train_batch_size=len(dataset), model_max_length=dataset.max_length,
-            save_strategy="no", optim="sgd", max_grad_norm=0.0,
+            model_max_length=dataset.max_length, save_strategy="no", optim="sgd",
+            max_grad_norm=0.0, **settings,
         )  # fmt: skip
         trainer = LLaVATrainer(
             model=model,
