@@ -308,7 +308,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"average ({100 * after['share_of_tokens']:.1f} % of all tokens)"
         )
     bad = len(report["bad_samples"])
-    lines.append(f"{bad} samples would end a run" if bad else "no sample would end a run")
+    lines.append(f"{bad or 'no'} sample{'s' if bad > 1 else ''} would end a run")
     return lines
 
 
@@ -392,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.skip_list:
         listed = {"data_hash": report["data_hash"], "samples": report["bad_samples"]}
         json_dump(args.skip_list, listed)
+        if report["bad_samples"]:
+            sys.stdout.write(f"training leaves them out with --skip_samples {args.skip_list}\n")
     return 1 if report["bad_samples"] else 0
 
 

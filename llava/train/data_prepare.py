@@ -496,8 +496,11 @@ def result_lines(result: Prepared) -> list[str]:
         )
     lines += [f"note: {note}" for note in result.notes]
     samples = sum(result.samples.values())
-    end = f"{result.data}: " + (f"{samples} samples" if result.data.is_file() else "not there yet")
-    return [*lines, end]
+    if result.data.is_file():
+        end = f"{samples} samples"
+    else:
+        end = "not put there while pictures are missing (--allow-missing)"
+    return [*lines, f"{result.data}: {end}"]
 
 
 def _named_archives(values: Sequence[str]) -> dict[str, Path]:

@@ -146,8 +146,9 @@ def test_an_interrupted_call_goes_on(tmp_path, downloads, monkeypatch):
         return place(member, target)
 
     monkeypatch.setattr(data_prepare, "place", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         prepare(tmp_path)
+    assert stopped.value.code == 130
     half = files_below(tmp_path / "data")
     assert half.items() <= PICTURES.items()
     assert len(half) == 2
