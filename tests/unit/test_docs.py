@@ -140,6 +140,24 @@ def test_paths_in_the_documents_exist():
     assert found > 60
 
 
+def test_names_in_the_pages_about_code_are_in_the_code():
+    files = [
+        ROOT / "pyproject.toml",
+        *(ROOT / "llava").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+    ]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text("utf-8"))}
+    words |= {path.stem for path in files}
+    for name in ("Design.md", "Checkpoints.md"):
+        named = {
+            (span, word)
+            for span in _spans(ROOT / "docs" / name)
+            for word in re.findall(r"[A-Za-z_]\w{3,}", span)
+        }
+        assert len(named) > 100
+        assert {pair for pair in named if pair[1] not in words} == set()
+
+
 def test_tests_named_in_the_documents_exist():
     names = {name for path in (ROOT / "tests").rglob("test_*.py") for name in _tests_of(path)}
     named = {
