@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
-import functools
 import math
 import os
 import re
@@ -397,7 +396,6 @@ def _chunks(prompt: str, tokenizer: Any) -> list[tuple[str, int]]:
     return chunks
 
 
-@functools.lru_cache(maxsize=8)
 def swallows_space(tokenizer: Any) -> bool:
     """Whether a space at the very front of a text leaves no trace in its ids."""
     return tokenizer(" a").input_ids == tokenizer("a").input_ids

@@ -194,10 +194,10 @@ def load_tokenizer(model_args: ModelArguments, max_length: int) -> Any:
     tokenizer = read(Path(path), model_max_length=max_length, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    # The data set counts tokens itself; transformers' own warning speaks of indexing errors.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer in {path} has no pad, unk or eos token")
+    # The data set counts tokens itself; transformers' own warning speaks of indexing errors.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
