@@ -296,9 +296,10 @@ class LLaVATrainer(Trainer):
                     torch.save(state_dict, file)
             elif self.adapters is not None:
                 self.adapters.save(self.model, staging, state_dict)
-            else:
-                super()._save(str(staging), state_dict)
-                return
+            else:  # under the model's own names, however its base was read
+                self.model.save_pretrained(
+                    staging, state_dict=state_dict, save_original_format=False
+                )
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(staging)
             torch.save(self.args, staging / "training_args.bin")

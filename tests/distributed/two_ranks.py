@@ -125,15 +125,14 @@ def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What a run has saved: the projector's file, LoRA's two, or the whole model's. Without the
-    tower's level `vision_model.`, which transformers writes or not by how it read the base."""
+    """What a run has saved: the projector's file, LoRA's two, or the whole model's."""
     found: dict[str, torch.Tensor] = {}
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
             found |= load_file(file)
         elif file.name in ("mm_projector.bin", "non_lora_trainables.bin"):
             found |= torch.load(file, weights_only=True)
-    return {name.replace("vision_model.", ""): value for name, value in found.items()}
+    return found
 
 
 def need_deepspeed() -> None:
