@@ -9,6 +9,7 @@ Sources: LLaVA-1.5 train.py, PyramidDrop pdrop_train.py. ``python -m llava.train
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +40,14 @@ from llava.model.checkpoint_layout import (
     read_json,
     resolve_folder,
 )
-from llava.model.multimodal_encoder.builder import read_structure, tower_config, tower_structure
+from llava.model.multimodal_encoder.builder import (
+    read_structure,
+    tower_class,
+    tower_config,
+    tower_structure,
+)
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.tokenizers import read_tokenizer
+from llava.model.tokenizers import load_tokenizer as read_tokenizers
 from llava.reduction.plan import resolve_plan
 from llava.train.arguments import (
     DataArguments,
@@ -52,7 +58,7 @@ from llava.train.arguments import (
 from llava.train.dataset import check_max_length
 from llava.train.lora import Adapters, add_adapters, halve_frozen, trains
 from llava.train.parts import part_of
-from llava.utils import get_logger, set_seed
+from llava.utils import describe_error, get_logger, set_seed
 
 logger = get_logger(__name__)
 
@@ -184,15 +190,29 @@ def clean_generation_config(model: Any) -> None:
             setattr(settings, name, None)
 
 
+def _has_base(model_args: ModelArguments) -> bool:
+    return bool(model_args.model_name_or_path or model_args.init_from_config)
+
+
 def load_tokenizer(model_args: ModelArguments, max_length: int) -> Any:
     """The tokenizer, right-padded, with a pad token: its own, else unk, else eos. The mask comes
     from lengths, so any will do and the vocabulary stays as it is."""
     path = model_args.tokenizer_path or read_config(model_args)[0]
     if model_args.tokenizer_path and not Path(path).is_dir():
         raise FileNotFoundError(f"tokenizer folder not found: {path}")
-    read = read_tokenizer if Path(path).is_dir() else AutoTokenizer.from_pretrained
-    tokenizer = read(Path(path), model_max_length=max_length, padding_side="right")
-    if tokenizer.pad_token is None:
+    settings = {"model_max_length": max_length, "padding_side": "right"}
+    if Path(path).is_dir():
+        tokenizer = read_tokenizers((Path(path),), **settings)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+    rows = read_config(model_args)[1].get("vocab_size") if _has_base(model_args) else None
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model {rows}; give "
+            "the one that the model was trained with (--tokenizer_path)"
+        )
+    beyond = isinstance(rows, int) and (tokenizer.pad_token_id or 0) >= rows
+    if tokenizer.pad_token is None or beyond:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer in {path} has no pad, unk or eos token")
@@ -349,9 +369,10 @@ def write_settings(
 
 
 def check_plan(model_args: ModelArguments) -> None:
-    """ValueError for a base of another architecture or a plan that does not fit it, before its
-    tokenizer and weights are read."""
-    raw = read_config(model_args)[1]
+    """ValueError for a base of another architecture, one whose config.json describes no model, or a
+    plan that does not fit it, before its tokenizer and weights are read."""
+    folder, raw = read_config(model_args)
+    check_buildable(raw, folder)
     layers, heads = raw.get("num_hidden_layers"), raw.get("num_attention_heads")
     plan = model_args.plan()
     if plan is None or not isinstance(layers, int):
@@ -359,6 +380,23 @@ def check_plan(model_args: ModelArguments) -> None:
     plan.validate(layers)
     if plan.program is not None:
         plan.program.validate(layers, heads)
+
+
+def check_buildable(raw: Mapping[str, Any], where: str) -> None:
+    """ValueError unless a language model can be made of a config.json in LLaVA's layout; none of
+    its weights takes memory."""
+    try:
+        config = config_object(dict(raw))
+        config.mm_vision_tower = config.mm_vision_config = None
+        if config.num_hidden_layers < 1 or config.hidden_size < 1:
+            raise ValueError("it has no layers, or they have no width")
+        with torch.device("meta"):
+            FAMILIES[raw["model_type"]][1](config)
+    except Exception as error:  # transformers raises whatever its classes do
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"no model can be made of the config.json in {where}: {kind}{describe_error(error)}"
+        ) from error
 
 
 def check_vision(
@@ -377,6 +415,7 @@ def check_vision(
         structure = raw.get("mm_vision_config") or tower_structure(name, folder)
     else:
         structure = read_structure(name)
+        check_tower_folder(structure, name)
     tower = tower_config(structure, name)
     layers = tower.num_hidden_layers
     if not -layers - 1 <= asked.mm_vision_select_layer <= layers:
@@ -387,7 +426,7 @@ def check_vision(
     shape = SimpleNamespace(
         mm_projector_type=asked.mm_projector_type,
         mm_hidden_size=tower.hidden_size,
-        hidden_size=raw.get("hidden_size"),
+        hidden_size=config_object(dict(raw)).hidden_size,
     )
     with torch.device("meta"):
         projector = build_vision_projector(shape)
@@ -399,13 +438,35 @@ def check_vision(
         parse_pinpoints(data_args.image_grid_pinpoints, tower.image_size)
 
 
+def check_tower_folder(structure: Mapping[str, Any], name: str) -> None:
+    """ValueError for a tower's folder without weights or image processor, or whose processor makes
+    pictures of another size. structure: its config."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    if not any(
+        path.is_file() for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}")
+    ):
+        raise ValueError(f"vision tower {name!r} has no weights (*.safetensors or *.bin)")
+    cls = tower_class(structure.get("model_type", "clip_vision_model"), name)
+    processor = cls.processor_class().from_dict(read_json(folder / "preprocessor_config.json"))
+    made, wanted = crop_side(processor), tower_config(structure, name).image_size
+    if made != wanted:
+        raise ValueError(
+            f"{folder / 'preprocessor_config.json'} makes pictures of {made} pixels a side, the "
+            f"vision tower takes {wanted}"
+        )
+
+
 def check_adapter(path: str, projector: torch.nn.Module) -> None:
     """ValueError unless a file holds weights of these names and shapes, as a projector stage writes
     them. projector: on the meta device."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be loaded as a projector: {error}") from error
+        raise ValueError(
+            f"{path} cannot be loaded as a projector: {describe_error(error)}"
+        ) from error
     marker = "mm_projector."
     shapes = {
         key.split(marker, 1)[1]: tuple(value.shape)

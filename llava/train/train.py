@@ -15,6 +15,7 @@ LLaVA-1.5 train.py, PyramidDrop pdrop_train.py.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +64,12 @@ logger = get_logger("llava.train.train")
 
 
 # -------------------------------------------------------------------------------------------- data
-def check_paths(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """FileNotFoundError for a file or folder that is not there, before anything large is loaded."""
+def check_paths(
+    model_args: ModelArguments, data_args: DataArguments, output_dir: str | None
+) -> None:
+    """FileNotFoundError for a file or folder that is not there, ValueError for an output folder
+    that cannot be, or that is the base's own, before anything large is loaded."""
+    check_output(output_dir, model_args)
     folders = [data_args.image_folder]
     for path in (data_args.data_path, data_args.eval_data_path):
         folders += [source.image_folder for source in parse_sources(path)] if path else []
@@ -74,6 +79,27 @@ def check_paths(model_args: ModelArguments, data_args: DataArguments) -> None:
     adapter = model_args.pretrain_mm_mlp_adapter
     if adapter and not Path(adapter).is_file():
         raise FileNotFoundError(f"--pretrain_mm_mlp_adapter not found: {adapter}")
+
+
+def check_output(output_dir: str | None, model_args: ModelArguments) -> None:
+    """ValueError for an output folder that cannot be made or written to, or that holds what the run
+    starts from, which its end would overwrite."""
+    if output_dir is None:
+        return
+    if not output_dir.strip():
+        raise ValueError("--output_dir is empty; give a folder")
+    target = Path(output_dir).resolve()
+    for flag in ("model_name_or_path", "init_from_config", "vision_tower", "tokenizer_path"):
+        source = getattr(model_args, flag)
+        if source and Path(source).is_dir() and Path(source).resolve() == target:
+            raise ValueError(
+                f"--output_dir {output_dir} is --{flag}, which would be overwritten; give another"
+            )
+    there = next(path for path in (target, *target.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {output_dir}: {there} cannot be written to")
 
 
 def make_datasets(
@@ -131,7 +157,7 @@ def make_trainer(
 ) -> tuple[LLaVATrainer | None, dict[str, int]]:
     """Everything up to the first step, and how many parameters of each part are trained; no trainer
     when samples were only to be shown."""
-    check_paths(model_args, data_args)
+    check_paths(model_args, data_args, training_args.output_dir)
     start_processes(training_args)
     resume = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)

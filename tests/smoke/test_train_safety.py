@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_before_the_first_step(
         entry.main(start(files, tmp_path / "file" / "out"))
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "Not a directory" in last
+    assert "file is no folder" in last
 
 
 # ------------------------------------------------------------------------------------------- probe

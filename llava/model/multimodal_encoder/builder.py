@@ -122,12 +122,19 @@ def read_structure(name: str) -> dict[str, Any]:
     cannot be read, or is of another kind."""
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever its config classes do
         raise ValueError(
             f"vision tower {name!r} cannot be read; give a folder with config.json, weights and "
             f"preprocessor_config.json, or a hub id ({str(error).splitlines()[0]})"
         ) from error
-    return vision_config(config, name)
+    structure = vision_config(config, name)
+    tower = tower_config(structure, name)
+    if not 0 < tower.patch_size <= tower.image_size:
+        raise ValueError(
+            f"vision tower {name!r} has patch_size {tower.patch_size} with image_size "
+            f"{tower.image_size}"
+        )
+    return structure
 
 
 def read_tower(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:

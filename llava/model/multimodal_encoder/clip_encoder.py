@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging
@@ -73,7 +74,7 @@ class CLIPVisionTower(nn.Module):
                 name, config=config, device_map=device_map, output_loading_info=True
             )
             processor = cls.processor_class().from_pretrained(name)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"vision tower {name!r} cannot be read; give a folder with config.json, weights "
                 f"and preprocessor_config.json, or a hub id ({error})"
