@@ -179,6 +179,12 @@ run_train() {
     flags+=(--max_steps 3 --overwrite_output_dir True)
     [ "${ESTIMATE:-0}" = 0 ] || default GPUS 1
   fi
+  [ "$DRY_RUN" = 1 ] || command -v "$PY" >/dev/null ||
+    die "no Python at $PY; name one with PYTHON=/path/to/python"
+  default PACKED 1
+  one_of PACKED 0 1
+  [ -z "${REDUCTION:-}" ] || [ -z "${LAYER_LIST:-}${RATIO_LIST:-}" ] ||
+    die "REDUCTION=$REDUCTION with LAYER_LIST or RATIO_LIST; give one way of saying the plan"
   default LAUNCHER ""
   default NNODES ""
   choose_launcher "scripts/$zero.json"

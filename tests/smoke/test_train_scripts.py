@@ -124,7 +124,7 @@ def dry_run(script: str, *words: str, **variables: str) -> list[str]:
 
 
 def refusal(script: str, **variables: str) -> str:
-    result = start(script, DRY_RUN="1", **variables)
+    result = start(script, **{"DRY_RUN": "1", **variables})
     assert result.returncode == 2, result.stdout
     assert not result.stdout
     return result.stderr
@@ -311,6 +311,17 @@ def test_the_global_batch_stays_what_it_is(gpus: int, batch: str, expected, mach
             "2 are visible",
         ),
         ("v1_5/finetune_yopo", {}, "HEADS"),
+        ("v1_5/pdrop_train/pretrain", {"PACKED": "maybe"}, "PACKED=maybe; accepted: 0 1"),
+        (
+            "v1_5/pdrop_train/pretrain",
+            {"REDUCTION": "none", "LAYER_LIST": "[8]"},
+            "give one way of saying the plan",
+        ),
+        (
+            "v1_5/pdrop_train/pretrain",
+            {"PY": "/nowhere/python", "DRY_RUN": "0"},
+            "no Python at /nowhere/python",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_said(script: str, variables: dict, said: str, machine) -> None:
