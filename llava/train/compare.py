@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +240,16 @@ def exposed_seconds(events: Iterable[tuple[str, float, float, bool]]) -> float:
     return _covered([*collective, *other]) - _covered(other)
 
 
+def profiled(events: Iterable[Any]) -> Iterator[tuple[str, float, float, bool]]:
+    """A profiler's events as `exposed_seconds` takes them. What is named on a device's timeline
+    (``FSDP::pre_forward``, ``Optimizer.step``) spans kernels and is none, so it is left out."""
+    for event in events:
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if not (on_device and event.is_user_annotation):
+            span = event.time_range
+            yield event.name, span.start / 1e6, span.end / 1e6, on_device
+
+
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
     """Length of the union of intervals."""
     total, reach = 0.0, -float("inf")
@@ -275,12 +285,7 @@ class CommunicationProbe(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profiler.stop()
-        device = torch.autograd.DeviceType.CUDA
-        found = (
-            (e.name, e.time_range.start / 1e6, e.time_range.end / 1e6, e.device_type == device)
-            for e in self._profiler.events()
-        )
-        self.seconds = exposed_seconds(found) / PROBED
+        self.seconds = exposed_seconds(profiled(self._profiler.events())) / PROBED
 
 
 # ------------------------------------------------------------------------------------ the result

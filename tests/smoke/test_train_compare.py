@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from llava.train.compare import (  # noqa: E402
     compare,
     exposed_seconds,
     format_line,
+    profiled,
     run_without_plan,
     warm_up_of,
 )
@@ -163,6 +165,18 @@ def test_communication_counts_where_nothing_hides_it():
     assert exposed_seconds(host) == pytest.approx(1.0)
     assert exposed_seconds([]) == 0
 
+    def event(name: str, start: float, end: float, device: bool, named: bool) -> SimpleNamespace:
+        kind = torch.autograd.DeviceType.CUDA if device else torch.autograd.DeviceType.CPU
+        span = SimpleNamespace(start=1e6 * start, end=1e6 * end)
+        return SimpleNamespace(
+            name=name, time_range=span, device_type=kind, is_user_annotation=named
+        )
+
+    recorded = [event(*each, named=False) for each in events]
+    recorded.append(event("FSDP::pre_forward", 0.0, 5.0, True, named=True))
+    recorded.append(event("gloo:all_reduce", 0.0, 5.0, False, named=True))
+    assert exposed_seconds(profiled(recorded)) == pytest.approx(3.0)
+
 
 def test_a_step_is_split_into_its_parts(monkeypatch):
     """The clock moves only where the test says so."""
@@ -212,8 +226,8 @@ def test_a_step_is_split_into_its_parts(monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_measure_together(files, tmp_path):
-    """Under torchrun; the file of the side without the plan is gone, communication has a figure."""
-    words = recipe(files, tmp_path / "run", compare_steps=5, packed=True)
+    """FSDP2 under torchrun; the file of the side without is gone, communication has a figure."""
+    words = recipe(files, tmp_path / "run", compare_steps=5, packed=True, fsdp="full_shard")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "-m", "llava.train.train", *words],
