@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -62,9 +63,7 @@ class Ranks:
         """Run a command on both ranks, or on one; the exit codes. Behind the first that fails
         the other has five seconds."""
         base, self.jobs = self.folder / f"job-{self.jobs}", self.jobs + 1
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         job = {"command": arguments, "port": port, "kill": kill, "ranks": ranks}
         draft = base.with_suffix(".draft")
         draft.write_text(json.dumps(job))
@@ -106,6 +105,16 @@ class Ranks:
             self.process.wait()
         self.output.close()
         self.builds.close()
+
+
+def free_port() -> int:
+    """Of those that the system gives to nobody by itself (Linux: from 32768 on), so that nothing
+    takes it between this look and the rank that listens there."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):  # no seed of a test
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port found between 20000 and 32000")
 
 
 def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
