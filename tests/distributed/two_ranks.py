@@ -9,9 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
-import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from test_train import command, losses, pictures  # noqa: F401
 
@@ -105,16 +104,6 @@ class Ranks:
             self.process.wait()
         self.output.close()
         self.builds.close()
-
-
-def free_port() -> int:
-    """Of those that the system gives to nobody by itself (Linux: from 32768 on), so that nothing
-    takes it between this look and the rank that listens there."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):  # no seed of a test
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port found between 20000 and 32000")
 
 
 def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:

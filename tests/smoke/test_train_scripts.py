@@ -11,13 +11,13 @@ import runpy
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from llava import cli
 from llava.reduction import ReductionPlan
@@ -372,12 +372,6 @@ def has_deepspeed() -> bool:
     return bool(found and (shutil.which("c++") or shutil.which("g++")))
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables of a smoke run; the first one makes its data."""
@@ -396,7 +390,7 @@ def test_a_smoke_run_takes_three_steps(script: str, smoke: dict[str, str]) -> No
         pytest.importorskip("bitsandbytes")
     if script == "v1_5/pdrop_train/pretrain" and has_deepspeed():
         variables = {"LAUNCHER": "deepspeed", "DEEPSPEED": "scripts/zero2.json",
-                     "MASTER_PORT": free_port()}  # fmt: skip
+                     "MASTER_PORT": str(free_port())}  # fmt: skip
     result = start(script, **smoke, **variables)
     assert result.returncode == 0, result.stderr[-3000:]
     out = Path(smoke["SMOKE_DIR"]) / "out" / script
@@ -451,7 +445,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "SLURM_NTASKS": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "MASTER_PORT": free_port(),
+        "MASTER_PORT": str(free_port()),
     }
 
 
