@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PyramidDrop training against training without dropping: three seeds, five digits sets.
 #
-#   bash scripts/digits/compare.sh            about three hours on one core
+#   bash scripts/digits/compare.sh            about four hours on one core
 #   SMOKE=1 bash scripts/digits/compare.sh    every step of it on next to nothing
 #
 # Three comparisons, all of stage 2 from one stage 1 that was trained without dropping, on two
@@ -13,10 +13,10 @@
 #   full    the same, not shortened: ANSWER_STEPS
 # Within a seed all arms see the same samples in the same order by the same recipe:
 #   none         without dropping
-#   pyramiddrop  with the plan that llava-digits-pdrop ships with ($LAYERS, $RATIOS); not in full
+#   pyramiddrop  with the plan that llava-digits-pdrop ships with ($LAYERS, $RATIOS)
 #   mild         with the plan of train.sh's earlier stages ($EARLY_RATIOS); not in learn
-# Each answers with its own plan and with all tokens, `none` with every plan. Runs that are done are skipped, an interrupted one resumes.
-# COMPARISONS=learn runs one of the three.
+# Each answers with its own plan and with all tokens, `none` with every plan. Runs that are done are
+# skipped, an interrupted one resumes. COMPARISONS=learn runs one of the three.
 # The tables: docs/Digits.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -63,8 +63,7 @@ BATCH=$((2 * BATCH))
 for what in ${COMPARISONS:-adapt full learn}; do
   case "$what" in
     learn) plans="pyramiddrop" ;;
-    adapt) plans="pyramiddrop mild" ;;
-    full) plans="mild" ;;
+    adapt | full) plans="pyramiddrop mild" ;;
     *) echo "COMPARISONS: $what; accepted: adapt, full, learn" >&2; exit 2 ;;
   esac
   for seed in $SEEDS; do

@@ -26,7 +26,7 @@ from llava.utils import user_errors
 
 PARTS = {
     "adapt": ("Stage 1 knows the questions, a short stage 2", ("pyramiddrop", "mild")),
-    "full": ("Stage 1 knows the questions, the whole stage 2", ("mild",)),
+    "full": ("Stage 1 knows the questions, the whole stage 2", ("pyramiddrop", "mild")),
     "learn": ("Stage 2 learns the questions", ("pyramiddrop",)),
 }
 """Folder -> what it is, and the arms that are held against the one without dropping."""

@@ -271,7 +271,7 @@ def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
     names = [Path(training.output_dir).name for _, _, training in stages]
     arms = {
         "adapt": ["none", "pyramiddrop", "mild"],
-        "full": ["none", "mild"],
+        "full": ["none", "pyramiddrop", "mild"],
         "learn": ["none", "pyramiddrop"],
     }
     trained = [name for what in arms for name in 3 * arms[what]]
@@ -288,7 +288,7 @@ def test_the_comparison_changes_nothing_but_the_plan(tmp_path: Path) -> None:
         assert place.parts[-2] == f"seed-{training.seed}"
         runs.setdefault(place.parts[-3:-1], []).append(facts)
     assert list(runs) == [(what, f"seed-{s}") for what in arms for s in range(3)]
-    assert [len(each) for each in runs.values()] == [3, 3, 3, 2, 2, 2, 2, 2, 2]
+    assert [len(each) for each in runs.values()] == [3, 3, 3, 3, 3, 3, 2, 2, 2]
     assert all(one == each[0] for each in runs.values() for one in each)
     asked = [parser().parse_args(words[1:]) for words in of_module(found, "llava.cli")]
     pairs = [
