@@ -18,19 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
 from test_train import command, pictures  # noqa: E402
 from train_fixtures import write_all  # noqa: E402
 
-from llava.train import estimate as module  # noqa: E402
 from llava.train.arguments import parse_args  # noqa: E402
-from llava.train.estimate import (  # noqa: E402
+from llava.train.estimate import estimate, rate_of, read_command, wanted  # noqa: E402
+from llava.train.estimate_forward import (  # noqa: E402
     Sample,
     batch_of,
     build_model,
-    estimate,
     fake_model,
     kept_of,
-    rate_of,
-    read_command,
-    wanted,
 )
+from llava.train.estimate_state import Row  # noqa: E402
 from llava.train.train import main, make_trainer  # noqa: E402
 
 CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
@@ -51,7 +48,7 @@ def words(files: Path, **flags: object) -> list[str]:
     return command(**flags)
 
 
-def rows_of(files: Path, ranks: int = 1, **flags: object) -> dict[str, module.Row]:
+def rows_of(files: Path, ranks: int = 1, **flags: object) -> dict[str, Row]:
     asked = read_command(words(files, **flags), ranks)
     return {row.name: row for row in estimate(asked, text=10).rows}
 
@@ -185,7 +182,7 @@ def test_ranks_share_what_their_engine_shares(files):
     away = {f"offload_{name}": {"device": "cpu"} for name in ("optimizer", "param")}
     away = rows_of(files, 4, deepspeed=zero(3, **away), bf16=True)
     assert away["weights"].host + away["weights"].device == three["weights"].device
-    assert away["optimizer"] == module.Row("optimizer", 0, three["optimizer"].device)
+    assert away["optimizer"] == Row("optimizer", 0, three["optimizer"].device)
     assert away["gradients"].device == 0
     sharded = rows_of(files, 2, fsdp="full_shard")
     rows = [-(-shape[0] // 2) * (shape.numel() // shape[0]) for shape in shapes]
@@ -237,7 +234,7 @@ def test_time_needs_a_rate(tmp_path):
 
 
 def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module.Path, "mkdir", lambda *a, **k: pytest.fail("made a folder"))
+    monkeypatch.setattr(Path, "mkdir", lambda *a, **k: pytest.fail("made a folder"))
     asked = ["--estimate", "--world_size", "4", "--text_tokens", "20", "--gradient_checkpointing",
              "True", "--bf16", "True", "--deepspeed", "scripts/zero2.json"]  # fmt: skip
     main([*words(files, **CUTS, output_dir=tmp_path / "none"), *asked])
