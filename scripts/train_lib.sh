@@ -1,9 +1,11 @@
 # What the training scripts share: `source ".../train_lib.sh"`. A script names a recipe's own flags
-# and calls `run_train SAMPLES BATCH ZERO FLAGS... "$@"`: samples a step, the most of them a GPU takes
-# at once, the DeepSpeed config, flags of `llava train --help`.
+# and calls `run_train` or `run_stage_2` with SAMPLES BATCH ZERO FLAGS... "$@": samples a step, the most
+# of them a GPU takes at once, the DeepSpeed config, flags of `llava train --help`.
 #
 # Variables a user may set for any of them:
-#   MODEL, VISION_TOWER, PROJECTOR, DATA_PATH, IMAGE_FOLDER, OUTPUT_DIR    where things are
+#   MODEL, VISION_TOWER, DATA_PATH, IMAGE_FOLDER, OUTPUT_DIR    where things are
+#   PROJECTOR=...      stage 2: the mm_projector.bin to start from (default: stage 1's), or none where
+#                      MODEL is a LLaVA checkpoint, which has its own
 #   REDUCTION=...      a plan, "none" for the recipe without dropping; or LAYER_LIST=... and
 #                      RATIO_LIST=... (PyramidDrop's); without them the script's own
 #   GPUS=N             processes on this machine, one a GPU (default: all visible GPUs)
@@ -234,6 +236,14 @@ run_train() {
     --lazy_preprocess True \
     --report_to ${REPORT_TO:-wandb} \
     "$@"
+}
+
+# run_stage_2 SAMPLES BATCH ZERO FLAGS...: `run_train` from the projector of stage 1.
+run_stage_2() {
+  local first=("$1" "$2" "$3")
+  shift 3
+  [ "$PROJECTOR" = none ] || first+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
+  run_train "${first[@]}" "$@"
 }
 
 VISION_TOWER=${VISION_TOWER:-}

@@ -42,7 +42,6 @@ from llava.train.files import check_checkpoint, reading, saving
 from llava.train.flag_checks import check_environment
 from llava.train.llava_trainer import LLaVATrainer, data_seed
 from llava.train.preprocess import training_template
-from llava.train.ranks import wait_at_most
 from llava.train.records import Records, parse_sources
 from llava.train.rehearsal import rehearse
 from llava.train.resume import checkpoint_to_resume
@@ -79,7 +78,9 @@ def check_paths(
             raise FileNotFoundError(f"image folder not found: {folder}")
     adapter = model_args.pretrain_mm_mlp_adapter
     if adapter and not Path(adapter).is_file():
-        raise FileNotFoundError(f"--pretrain_mm_mlp_adapter not found: {adapter}")
+        raise FileNotFoundError(
+            f"--pretrain_mm_mlp_adapter not found: {adapter} (the projector stage writes it)"
+        )
 
 
 def check_output(output_dir: str | None, model_args: ModelArguments) -> None:
@@ -263,7 +264,6 @@ def start_processes(training_args: TrainingArguments) -> None:
 
         # accelerate does this on GPUs only.
         deepspeed.init_distributed(dist_init_required=not torch.distributed.is_initialized())
-    wait_at_most(training_args.ddp_timeout)
     rank, ranks = training_args.process_index, training_args.world_size
     logger.info("rank %d of %d on %s", rank, ranks, device)
 

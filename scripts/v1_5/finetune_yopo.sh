@@ -27,9 +27,8 @@ default DATA_PATH ./playground/data/llava_v1_5_mix665k.json
 default IMAGE_FOLDER ./playground/data
 default OUTPUT_DIR "./checkpoints/llava-v1.5-$SIZE$(plan_suffix)"
 
-run_train 128 8 zero3 \
+run_stage_2 128 8 zero3 \
   --version v1 \
-  --pretrain_mm_mlp_adapter "$PROJECTOR" \
   --image_aspect_ratio pad \
   --group_by_modality_length True \
   --learning_rate 2e-5 \

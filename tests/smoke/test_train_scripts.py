@@ -208,6 +208,13 @@ def test_stage_2_looks_for_the_projector_of_stage_1(
     assert second["output_dir"] != first["output_dir"]
 
 
+def test_a_llava_checkpoint_brings_its_own_projector(machine) -> None:
+    given = {"MODEL": "liuhaotian/llava-v1.5-7b", "PROJECTOR": "none"}
+    found = values(split(dry_run("v1_5/pdrop_train/finetune_lora", **given))[1])
+    assert found["pretrain_mm_mlp_adapter"] is None
+    assert found["model_name_or_path"] == given["MODEL"]
+
+
 def test_llama_3_has_its_own_template_and_length(machine) -> None:
     found = values(split(dry_run("v1_6/pdrop_train/finetune", SIZE="8b"))[1])
     assert found["model_name_or_path"] == "meta-llama/Meta-Llama-3-8B-Instruct"

@@ -10,9 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../train_lib.sh"
 
 stage_2_of_1_5
 
-run_train 128 16 zero3 \
+run_stage_2 128 16 zero3 \
   --version v1 \
-  --pretrain_mm_mlp_adapter "$PROJECTOR" \
   --image_aspect_ratio pad \
   --group_by_modality_length True \
   --learning_rate 2e-5 \

@@ -10,13 +10,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../train_lib.sh"
 
 stage_2_of_1_5 -lora
 
-run_train 128 16 zero3 \
+run_stage_2 128 16 zero3 \
   --lora_enable True \
   --lora_r 128 \
   --lora_alpha 256 \
   --mm_projector_lr 2e-5 \
   --version v1 \
-  --pretrain_mm_mlp_adapter "$PROJECTOR" \
   --image_aspect_ratio pad \
   --group_by_modality_length True \
   --learning_rate 2e-4 \

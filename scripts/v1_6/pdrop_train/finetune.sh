@@ -22,9 +22,8 @@ default IMAGE_FOLDER ./playground/data
 default OUTPUT_DIR "./checkpoints/llava-next-$SIZE$(plan_suffix)"
 default SAVE_STEPS "$save"
 
-run_train 128 4 zero2 \
+run_stage_2 128 4 zero2 \
   --version "$version" \
-  --pretrain_mm_mlp_adapter "$PROJECTOR" \
   --unfreeze_mm_vision_tower True \
   --mm_vision_tower_lr 2e-6 \
   --image_aspect_ratio anyres \
