@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.train.safety import from_all_ranks
+from llava.train.ranks import from_all_ranks
 from llava.train.saving import plain_name, whole
 
 FROZEN_FILE = "frozen.json"

@@ -33,6 +33,7 @@ from llava.train.lora import Adapters
 from llava.train.nan_guard import stop_not_finite
 from llava.train.parts import optimizer_groups
 from llava.train.probe import Probe
+from llava.train.ranks import WaitAtMost
 from llava.train.resume import is_universal, restore_groups
 from llava.train.safety import StepGuard, StopOnSignal, in_own_groups
 from llava.train.sampler import (
@@ -106,6 +107,7 @@ class LLaVATrainer(Trainer):
         scaled = getattr(self.accelerator, "mixed_precision", "no") == "fp16"
         self.guard = StepGuard(self.args.device, nan_guard=self.args.nan_guard, scaled=scaled)
         self.add_callback(StopOnSignal(self.guard))
+        self.add_callback(WaitAtMost(self))
         self.train_order: EpochSeeded | TokenBudgetBatches | None = None
         self.add_callback(FollowEpochs(self))
         if self.args.probe_samples:

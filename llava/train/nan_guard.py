@@ -19,14 +19,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from llava.train.safety import (
-    EXIT_NOT_FINITE,
-    RunStopped,
-    StepGuard,
-    Verdict,
-    from_all_ranks,
-    highest,
-)
+from llava.train.ranks import from_all_ranks, highest
+from llava.train.safety import EXIT_NOT_FINITE, RunStopped, StepGuard, Verdict
 from llava.utils import get_logger, json_dump
 
 logger = get_logger(__name__)

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from llava.model.tokenizers import read_tokenizer
 from llava.train.parts import NEWLINE, PROJECTOR, optimizer_bytes
-from llava.train.safety import from_all_ranks
+from llava.train.ranks import from_all_ranks
 from llava.utils import describe_error, get_logger
 
 logger = get_logger(__name__)

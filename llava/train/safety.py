@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from llava.train.ranks import several_ranks
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -55,29 +56,6 @@ class Verdict(NamedTuple):
     @property
     def not_finite(self) -> bool:
         return self.loss or self.gradient
-
-
-# ------------------------------------------------------------------------------------------- ranks
-def several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def highest(values: list[int], device: torch.device) -> list[int]:
-    """The largest of each value over the ranks. All ranks call it."""
-    if not several_ranks():
-        return values
-    flags = torch.tensor(values, dtype=torch.int32, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return flags.tolist()
-
-
-def from_all_ranks(value: Any) -> list[Any]:
-    """Every rank's `value` in rank order. All ranks call it."""
-    if not several_ranks():
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 # -------------------------------------------------------------------------------------------- step

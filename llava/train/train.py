@@ -42,6 +42,7 @@ from llava.train.files import check_checkpoint, reading, saving
 from llava.train.flag_checks import check_environment
 from llava.train.llava_trainer import LLaVATrainer, data_seed
 from llava.train.preprocess import training_template
+from llava.train.ranks import wait_at_most
 from llava.train.records import Records, parse_sources
 from llava.train.rehearsal import rehearse
 from llava.train.resume import checkpoint_to_resume
@@ -264,6 +265,7 @@ def start_processes(training_args: TrainingArguments) -> None:
 
         # accelerate does this on GPUs only.
         deepspeed.init_distributed(dist_init_required=not torch.distributed.is_initialized())
+    wait_at_most(training_args.ddp_timeout)
     rank, ranks = training_args.process_index, training_args.world_size
     logger.info("rank %d of %d on %s", rank, ranks, device)
 

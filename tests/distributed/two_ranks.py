@@ -117,6 +117,7 @@ def recipe(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
         "max_steps": STEPS,
         "optim": "sgd",
         "use_cpu": True,
+        "ddp_timeout": 200,  # worker.py looks for it
         **pictures(folder, flags.pop("data_path", "mixed.json")),
         **flags,
     }

@@ -6,7 +6,8 @@ from nothing. ``worker.py FOLDER``: job-N.json there is a job,
 
     {"command": [...], "port": n, "ranks": n, "kill": null or {"step": n, "where": "saving"}}
 
-What goes wrong may also be a signal to one rank or a layer of one rank that is not finite.
+What goes wrong may also be a signal to one rank, a rank that hangs, or a layer of one rank that is
+not finite. A rank that ends well has given --ddp_timeout to every process group there is.
 
 job-N.RANK.log is its output, job-N.RANK.done its exit code (0 from a rank that a smaller job leaves
 out). A file called stop ends the worker, job-N.cancel the job.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from transformers import Trainer
 
 from llava.train.llava_trainer import LLaVATrainer
@@ -46,10 +48,10 @@ class NotFiniteBehind(torch.autograd.Function):
 
 def go_wrong_at(step: int, where: str, rank: int | None = None) -> None:
     """From now on the process kills itself in front of training step `step` ("step"), or while the
-    checkpoint behind it is being written ("saving"); or it gets SIGUSR1 ("signal"), or a layer
-    gives what is not finite ("nan") or hands back such a gradient ("gradient"), or a folder cannot
-    be written ("unwritable"); or checkpoints hold the frozen weights, as they once did ("as
-    before").
+    checkpoint behind it is being written ("saving"); or it sleeps ("hang") or gets SIGUSR1
+    ("signal"), or a layer gives what is not finite ("nan") or hands back such a gradient
+    ("gradient"), or a folder cannot be written ("unwritable"); or checkpoints hold the frozen
+    weights, as they once did ("as before").
     rank: the only one that this happens to."""
     if rank is not None and rank != int(RANK):
         return
@@ -67,11 +69,21 @@ def go_wrong_at(step: int, where: str, rank: int | None = None) -> None:
             layer.register_forward_hook(lambda module, args, output: fault(output))
         elif where == "unwritable":
             raise PermissionError("no writing here")
+        elif self.state.global_step >= step and where == "hang":
+            time.sleep(10**6)
         elif self.state.global_step >= step:
             os.kill(os.getpid(), signal.SIGUSR1 if where == "signal" else signal.SIGKILL)
         return original(self, *args, **kwargs)
 
     setattr(LLaVATrainer, method, going_wrong)
+
+
+def check_timeouts(command: list[str]) -> None:
+    """AssertionError if a process group waits for another time than the command asks for."""
+    asked = float(command[command.index("--ddp_timeout") + 1])
+    for group in distributed_c10d._world.pg_map:
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout.total_seconds() == asked, (group.group_desc, options._timeout)
 
 
 def run(job: dict[str, Any], log: Path) -> int:
@@ -86,6 +98,8 @@ def run(job: dict[str, Any], log: Path) -> int:
         go_wrong_at(**job["kill"])
     try:
         main(job["command"])
+        if job["ranks"] > 1:
+            check_timeouts(job["command"])
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
