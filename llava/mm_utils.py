@@ -15,10 +15,11 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
@@ -27,28 +28,56 @@ from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.scaling import resize_padded
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
 
 Size = tuple[int, int]
 Rounding = Literal["llava", "transformers"]
 ASPECT_RATIOS = (None, "square", "pad", "anyres")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+EXTREME_RATIO = 24
+"""Longer side over the shorter one from which on a picture is warned of: padded to CLIP-L/336's
+square of 24 x 24 patches it is thinner than one of them."""
+MAX_WARNINGS = 10
 
 
 # --- files ---------------------------------------------------------------------------------------
 def load_image(path: str | os.PathLike) -> Image.Image:
     """The picture in a file, as RGB.
 
-    As in LLaVA the EXIF orientation is not applied: pixels are taken as they are stored.
+    As in LLaVA the EXIF orientation is not applied: pixels are taken as they are stored, and of
+    several frames the first. A warning names a picture that is extremely long or large.
     Raises FileNotFoundError if there is no such file and ValueError, naming the path, if it is a
-    folder, no picture, or a damaged one.
+    folder, no picture, a damaged one, or one that Pillow refuses for its size.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"image file not found: {path}")
-    if not os.path.isfile(path):  # a pipe would be waited for
-        kind = "a folder" if os.path.isdir(path) else "no regular file"
-        raise ValueError(f"image path is {kind}, a file is needed: {path}")
+    check_image_file(path)
     with open(path, "rb") as file:
         return decode_image(file, str(path))
+
+
+def image_size(path: str | os.PathLike) -> Size:
+    """(width, height) of the picture in a file, from its header alone. Raises as `load_image`."""
+    check_image_file(path)
+    with open(path, "rb") as file, opened_image(file, str(path)) as image:
+        return image.size
+
+
+def check_image_file(path: str | os.PathLike) -> None:
+    """FileNotFoundError or ValueError, saying what is wrong, unless there is a file to read."""
+    if os.path.isfile(path):
+        return
+    name = os.fspath(path)[:300].encode(errors="backslashreplace").decode()
+    if os.path.exists(path):  # a pipe would be waited for
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        raise ValueError(f"image path is {kind}, a file is needed: {name}")
+    hint = ""
+    if re.search(r"(^|/)((https?|ftp|s3|gs|file):/|data:)", name):
+        hint = " (pictures are read from files: download it and give its path)"
+    elif os.path.islink(path):
+        hint = f" (it is a link to {os.readlink(path)}, which leads to no file)"
+    raise FileNotFoundError(f"image file not found: {name}{hint}")
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
@@ -65,15 +94,57 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
 
 def decode_image(file: Any, name: str, mode: str | None = "RGB") -> Image.Image:
     """The picture in an open file, converted to `mode` (None: as stored). ValueError, with `name`,
-    for what is no picture or a damaged one."""
+    for what is no picture, a damaged one, or one that Pillow refuses for its size."""
+    with opened_image(file, name) as image:
+        for _, text in size_problems(image.size):
+            _warn_once(f"{name} {text}")
+        image.load()
+        return image.copy() if mode is None else image.convert(mode)
+
+
+@contextlib.contextmanager
+def opened_image(file: Any, name: str) -> Iterator[Image.Image]:
+    """The picture in an open file, its header read. Within the block too whatever Pillow raises is
+    a ValueError with `name`."""
     try:
         with Image.open(file) as image:
-            image.load()
-            return image.copy() if mode is None else image.convert(mode)
+            yield image
     except UnidentifiedImageError as err:
+        if file.seek(0, os.SEEK_END) == 0:
+            raise ValueError(f"image file is empty: {name}") from err
         raise ValueError(f"not an image file (or an unknown format): {name}") from err
+    except Image.DecompressionBombError as err:
+        raise ValueError(f"image file is too large, scale it down: {name} ({err})") from err
     except Exception as err:  # PIL raises whatever its decoders do
         raise ValueError(f"damaged image file: {name} ({err})") from err
+
+
+def size_problems(size: Size) -> list[tuple[str, str]]:
+    """(kind, text) of what a run takes and a person should know: pictures so long that hardly
+    anything of them is seen, and those so large that Pillow warns of them (twice that is refused).
+    """
+    short, long = sorted(size)
+    found = []
+    if long > EXTREME_RATIO * short:
+        text = f"has {size[0]}x{size[1]} pixels: in a square hardly anything of it can be seen"
+        found.append(("extreme_image", text))
+    if Image.MAX_IMAGE_PIXELS is not None and short * long > Image.MAX_IMAGE_PIXELS:
+        text = f"has {size[0]}x{size[1]} pixels, which takes long and much memory: scale it down"
+        found.append(("large_image", text))
+    return found
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    """Warn of each picture once in this process, and of so many at most."""
+    if text in _warned or len(_warned) >= MAX_WARNINGS:
+        return
+    _warned.add(text)
+    logger.warning(text)
+    if len(_warned) == MAX_WARNINGS:
+        logger.warning("further pictures of unusual size are not named")
 
 
 # --- one picture to pixels -----------------------------------------------------------------------
@@ -232,9 +303,22 @@ def process_images(
         same = all(p.shape == pixels[0].shape for p in pixels)
         return torch.stack(pixels) if same else pixels
     if aspect == "pad":
-        mean = tuple(int(255 * x) for x in image_processor.image_mean)
-        rgb = [expand2square(image, mean) for image in rgb]
+        rgb = [_padded(image, image_processor) for image in rgb]
     return image_processor.preprocess(rgb, return_tensors="pt")["pixel_values"]
+
+
+def _padded(image: Image.Image, processor: Any) -> Image.Image:
+    """The picture on a square, in the size to which the processor would scale that square."""
+    mean = tuple(int(255 * x) for x in processor.image_mean)
+    if not _scales_with_pillow(processor):
+        return expand2square(image, mean)
+    return resize_padded(image, shortest_edge(processor), mean, processor.resample)
+
+
+def _scales_with_pillow(processor: Any) -> bool:
+    """Whether the processor scales by `Image.resize`, so that it leaves alone what has its size."""
+    pillow = getattr(processor, "backend", None) == "pil"
+    return pillow and isinstance(processor.resample, int) and bool(processor.do_resize)
 
 
 def crop_side(processor: Any) -> int:

@@ -29,6 +29,7 @@ from llava.mm_utils import (
     check_context,
     count_visual_tokens,
     crop_side,
+    image_size,
     load_image,
     load_image_from_base64,
     process_images,
@@ -124,7 +125,7 @@ class Preparer:
             return 0
         if getattr(self.config, "image_aspect_ratio", None) != "anyres":
             return self.splicer.patches_per_tile * len(question.images)
-        sizes = [self._open(image, whole=False).size for image in question.images]
+        sizes = [self._size(image) for image in question.images]
         tile = crop_side(self.image_processor)
         return sum(count_visual_tokens(sizes, self.config, tile, self.splicer.side))
 
@@ -214,15 +215,18 @@ class Preparer:
             question.text, self.conv_mode, len(question.images), start_end, self.tokenizer
         )
 
-    def _open(self, image: str, whole: bool = True) -> Image.Image:
-        """A picture; with whole=False only its size counts, and files are not decoded."""
+    def _size(self, image: str) -> tuple[int, int]:
+        """(width, height) of a picture; files are not decoded for it."""
+        if self.open_picture is None and not image.startswith("data:"):
+            return image_size(self.image_folder / image)
+        return self._open(image).size
+
+    def _open(self, image: str) -> Image.Image:
+        """A picture, or what stands for it in a blind run."""
         if self.open_picture is not None:
             picture = self.open_picture(image)
         elif image.startswith("data:"):
             picture = load_image_from_base64(image.partition(",")[2])
-        elif not whole:
-            with Image.open(self.image_folder / image) as file:
-                return file
         else:
             picture = load_image(self.image_folder / image)
         return blind_image(picture.size, self.image_processor) if self.blind else picture

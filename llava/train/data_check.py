@@ -7,18 +7,21 @@
 Special here: a sample is judged by the code that trains on it. Errors are what would end a run
 (a picture that is missing or does not decode, image marks that do not fit the pictures, turns that
 cannot be read, nothing to learn); warnings what a run would do in silence (answers cut off at the
-context's end, empty answers, ids that stand twice). Every picture is opened in all its bytes, by
-several processes. The exit code is 1 where an error was found. Training leaves out what
-``--skip_list`` wrote when it is asked to: ``--skip_samples bad.json``.
+context's end, empty answers, ids that stand twice, pictures that training sees otherwise than
+people do). Every picture is opened in all its bytes, by several processes. The exit code is 1 where
+an error was found. Training leaves out what ``--skip_list`` wrote when it is asked to:
+``--skip_samples bad.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -27,8 +30,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
+from llava.mm_utils import EXTREME_RATIO, check_image_file, opened_image, size_problems
 from llava.model.multimodal_encoder.builder import tower_config, tower_structure
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.reduction.plan import ReductionPlan
@@ -58,6 +62,12 @@ WARNINGS = {
     "empty_answer": "has an empty answer; what follows it is not learned",
     "answer_first": "opens with an answer, which is left out",
     "repeated_id": "has the id of another sample",
+    "extreme_image": f"picture has sides of more than {EXTREME_RATIO} to 1",
+    "large_image": "picture is so large that Pillow warns of it",
+    "turned_image": "picture says that it is to be turned; it is taken as it is stored",
+    "deep_image": "picture has more than 8 bits a value; values above 255 become 255",
+    "transparent_image": "picture is transparent; the colours behind that are taken",
+    "animated_image": "picture has several frames; the first is taken",
 }
 UNLIMITED = 10**9
 
@@ -88,8 +98,7 @@ class Checker:
         except ValueError as error:
             names, problems = [], [("image_field", str(error))]
         for path in self._paths(index, names):
-            problem = picture_problem(path, self.decode)
-            problems += [problem] if problem else []
+            problems += picture_problems(path, self.decode)
         images = None if problems and problems[0][0] == "image_field" else len(names)
         problems += turn_problems(record.get("conversations"), images)
         measured = None
@@ -97,6 +106,7 @@ class Checker:
             measured, more = self._measure(index)
             problems += more
         ident = json.dumps(record.get("id"), ensure_ascii=False)
+        ident = ident.encode(errors="backslashreplace").decode()
         return Finding(ident, tuple(problems), measured, len(names))
 
     def _paths(self, index: int, names: Sequence[str]) -> list[str]:
@@ -122,21 +132,53 @@ class Checker:
         return "too_long"
 
 
-def picture_problem(path: str, decode: bool = True) -> tuple[str, str] | None:
-    """What is wrong with a picture file; a missing one is looked for under other endings."""
-    if not os.path.isfile(path):
-        stem = os.path.splitext(path)[0]
-        endings = [ending for own in ENDINGS for ending in (own, own.upper())]
-        there = [stem + ending for ending in endings if os.path.isfile(stem + ending)]
-        hint = f" (there is {os.path.basename(there[0])})" if there else ""
-        return "missing_image", f"{path}{hint}"
+def picture_problems(path: str, decode: bool = True) -> list[tuple[str, str]]:
+    """What is wrong with a picture file, and what of it training does not take as it looks; a
+    missing one is looked for under other endings. decode: read all its bytes."""
     try:
-        with Image.open(path) as picture:
+        check_image_file(path)
+    except FileNotFoundError as error:
+        return [("missing_image", f"{error}{_under_another_name(path)}")]
+    except ValueError as error:
+        return [("missing_image", str(error))]
+    try:
+        with open(path, "rb") as file, opened_image(file, path) as picture:
             if decode:
                 picture.load()
-    except Exception as error:  # PIL raises whatever its decoders do
-        return "broken_image", f"{path}: {type(error).__name__}: {error}"
-    return None
+            notes = size_problems(picture.size)
+            with contextlib.suppress(Exception):  # damage where training does not look
+                notes += picture_notes(picture, decode)
+    except (ValueError, OSError) as error:
+        return [("broken_image", str(error))]
+    return [(kind, f"{path} {text}") for kind, text in notes]
+
+
+def _under_another_name(path: str) -> str:
+    stem = os.path.splitext(path)[0]
+    names = [stem + ending for own in ENDINGS for ending in (own, own.upper())]
+    names += [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
+    there = [name for name in names if os.path.isfile(name)]
+    return f" (there is {os.path.basename(there[0])})" if there else ""
+
+
+def picture_notes(picture: Image.Image, decoded: bool) -> list[tuple[str, str]]:
+    """(kind, text) of what a run makes of an open picture without a word."""
+    notes = []
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned in range(2, 9):
+        notes.append(("turned_image", f"has EXIF orientation {turned}"))
+    if picture.mode[0] in "IF":
+        low, high = picture.getextrema() if decoded else (0, 256)
+        if high > 255:
+            notes.append(("deep_image", f"has mode {picture.mode}, values {low:g} to {high:g}"))
+    if decoded and ("A" in picture.getbands() or "transparency" in picture.info):
+        least, _ = picture.convert("RGBA").getchannel("A").getextrema()
+        if least < 255:
+            notes.append(("transparent_image", f"has mode {picture.mode} with opacity {least}/255"))
+    frames = getattr(picture, "n_frames", 1) if picture.format != "MPO" else 1
+    if frames > 1:
+        notes.append(("animated_image", f"has {frames} frames"))
+    return notes
 
 
 def turn_problems(turns: Any, images: int | None) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -27,6 +26,7 @@ from llava.mm_utils import (
     Fitted,
     count_visual_tokens,
     crop_side,
+    image_size,
     load_image,
     process_images,
     truncate_to_context,
@@ -83,18 +83,10 @@ class ImageReader:
 
     def sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """(width, height) of pictures as far as `visual_tokens` needs them: only tiled pictures are
-        looked at, in their headers. Raises OSError for one that is gone or no picture, ValueError
-        for one that PIL takes for a bomb."""
+        looked at, in their headers. Raises as `image_size`."""
         if getattr(self.model_cfg, "image_aspect_ratio", None) != "anyres":
             return [(0, 0)] * len(names)
-        found = []
-        for name in names:
-            try:
-                with Image.open(os.path.join(self.folder, name)) as picture:
-                    found.append(picture.size)
-            except Image.DecompressionBombError as error:
-                raise ValueError(f"damaged image file: {name} ({error})") from error
-        return found
+        return [image_size(os.path.join(self.folder, name)) for name in names]
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Visual tokens of pictures of these (width, height)."""

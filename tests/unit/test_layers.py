@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("llava.utils", 0),
     ("llava.drawing", 0),
     ("llava.timing", 0),
+    ("llava.scaling", 0),
     ("llava.sequence", 1),
     ("llava.conversation", 1),
     ("llava.decoding", 1),

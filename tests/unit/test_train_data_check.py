@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from llava import mm_utils
 from llava.cli import main
+from llava.mm_utils import load_image
 from llava.reduction import ReductionPlan
 from llava.train.data_check import (
     build_parser,
     mean_visual_tokens,
+    picture_problems,
     picture_settings,
     turn_problems,
 )
@@ -185,3 +191,81 @@ def test_tokens_behind_the_cuts_are_the_plans():
     assert mean_visual_tokens([(576, 1)], plan, 32) == 270
     assert mean_visual_tokens([(576, 1), (0, 0)], plan, 32) == 135
     assert mean_visual_tokens([(576, 1)], ReductionPlan(), 32) == 576
+
+
+def save(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_pictures_are_taken_as_llava_takes_them_and_what_is_odd_is_named(tmp_path):
+    """None ends a run; the check says what of each a person would see otherwise."""
+    small = Image.new("RGB", (4, 4), (9, 9, 9))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(np.full((4, 4), 40000, np.uint16))
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), "blue")]}
+    odd = {
+        save(small.convert("CMYK"), tmp_path / "cmyk.jpg"): set(),
+        save(small, tmp_path / "straße 图 'x' (1)..png"): set(),
+        save(small.convert("RGBA"), tmp_path / "opaque.png"): set(),
+        save(small, tmp_path / "turned.jpg", exif=turned): {"turned_image"},
+        save(deep, tmp_path / "deep.png"): {"deep_image"},
+        save(deep.point(lambda value: 7), tmp_path / "shallow.png"): set(),
+        save(palette, tmp_path / "clear.png", transparency=b"\xff\x00"): {"transparent_image"},
+        save(small, tmp_path / "film.gif", **frames): {"animated_image"},
+        save(small, tmp_path / "film.webp", **frames): {"animated_image"},
+        save(Image.new("L", (1000, 2)), tmp_path / "line.png"): {"extreme_image"},
+    }
+    for path, kinds in odd.items():
+        assert {kind for kind, _ in picture_problems(str(path))} == kinds, path
+        assert load_image(path).mode == "RGB"
+    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (0, 255, 0)
+    (tmp_path / "below").mkdir()
+    assert picture_problems(str(tmp_path / "below" / ".." / "cmyk.jpg")) == []
+
+
+def test_what_is_wrong_with_a_picture_is_said_by_name(tmp_path, monkeypatch):
+    """By the check and by the run in the same words."""
+    save(Image.new("RGB", (30, 20)), tmp_path / "e\u0301.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    for name, kind, says in (
+        ("empty.png", "broken_image", "image file is empty: "),
+        ("e\u0301.png", "broken_image", "too large, scale it down: .*600 pixels"),
+        ("loop.png", "missing_image", "it is a link to loop.png, which leads to no file"),
+        ("pipe.png", "missing_image", "no regular file"),
+        ("http://host/a.png", "missing_image", "download it"),
+        ("data:image/png;base64," + 9999 * "A", "missing_image", "download it"),
+        ("half\ud800.png", "missing_image", "half.ud800.png"),
+        ("nul\0.png", "missing_image", "not found"),
+    ):
+        path = os.path.join(tmp_path, name)
+        with pytest.raises((ValueError, OSError), match=says) as raised:
+            load_image(path)
+        ((found, text),) = picture_problems(path)
+        assert (found, text) == (kind, str(raised.value))
+    ((_, text),) = picture_problems(str(tmp_path / "\u00e9.png"))  # composed in the JSON alone
+    assert text.endswith("(there is e\u0301.png)")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_run_warns_of_extreme_pictures_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mm_utils, "_warned", set())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    monkeypatch.setattr(mm_utils, "logger", logging.getLogger("a test's own"))
+    paths = [save(Image.new("L", (300, 2 + i)), tmp_path / f"{i}.png") for i in range(15)]
+    paths.append(save(Image.new("L", (80, 80)), tmp_path / "large.png"))
+    with pytest.warns(Image.DecompressionBombWarning):
+        load_image(paths[-1])
+    for path in 2 * paths:
+        load_image(path)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == mm_utils.MAX_WARNINGS + 1
+    assert "large.png has 80x80 pixels, which takes long" in lines[0]
+    assert "0.png has 300x2 pixels" in lines[1]
