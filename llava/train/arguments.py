@@ -272,19 +272,31 @@ class TrainingArguments(transformers.TrainingArguments):
     probe_steps: int = 0
     """Steps between two probes; 0 means at each validation."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """ValueError for flags that are wrong on any machine (`as_given`)."""
         check_figures(self)
-        for name in self._VALID_DICT_FIELDS:
-            settings = None if name == "fsdp_config" else read_settings(name, getattr(self, name))
-            if settings and name != "deepspeed":  # whose file keeps its name
-                setattr(self, name, settings)
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one")
         self._check_lora()
-        settings = fsdp_settings(self.fsdp, self.fsdp_config)
-        self.fsdp, self.fsdp_config = (True, settings) if settings else (None, None)
-        if settings and self.deepspeed:
-            raise ValueError("--fsdp and --deepspeed exclude each other; give one")
+        self._check_engine()
+        self._check_batches()
+        self.attention_backend()
+        known_reports(self.report_to)
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns True: the collator needs every column")
+
+    def settings(self) -> dict[str, dict[str, Any] | None]:
+        """The flags that are JSON objects, or files of one, as objects. ValueError for others."""
+        names = [name for name in self._VALID_DICT_FIELDS if name != "fsdp_config"]
+        found = {name: read_settings(name, getattr(self, name)) for name in names}
+        return found | {"fsdp_config": fsdp_settings(self.fsdp, self.fsdp_config)}
+
+    def __post_init__(self) -> None:
+        self.check()
+        settings = self.settings()
+        for name in settings.keys() - {"deepspeed"}:  # whose file keeps its name
+            setattr(self, name, settings[name])
+        self.fsdp = True if self.fsdp_config else None
         self._translate()
         self._match_device()
         self.report_to = usable_reports(self.report_to)
@@ -293,15 +305,7 @@ class TrainingArguments(transformers.TrainingArguments):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name
             super().__post_init__()
-        self._check_token_budget()
-        if self.bits != 16 and self.deepspeed and self.hf_deepspeed_config.is_zero3():
-            raise ValueError(
-                f"--bits {self.bits}: quantised weights cannot be split by ZeRO-3; "
-                "accepted: ZeRO-2, or no --deepspeed"
-            )
         self._n_gpu = min(self.n_gpu, 1)  # several GPUs in one process would split the batch lists
-        if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns True: the collator needs every column")
 
     def attention_backend(self) -> str:
         """The attention backend of the language model. ValueError for one that would mix the
@@ -316,12 +320,28 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         return "varlen" if asked == "sdpa" else asked
 
-    def _check_token_budget(self) -> None:
+    def _check_batches(self) -> None:
+        if self.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                f"--train_sampling_strategy {self.train_sampling_strategy}; accepted: random, "
+                "sequential, group_by_length (and --token_budget, which fills packed batches)"
+            )
         grouped = [n for n in ("group_by_modality_length", "group_by_length") if getattr(self, n)]
         if self.token_budget and not self.packed:
             raise ValueError("--token_budget needs --packed True: it counts tokens without padding")
         if self.token_budget and grouped:
             raise ValueError(f"--token_budget makes its own batches; leave out --{grouped[0]}")
+
+    def _check_engine(self) -> None:
+        settings = self.settings()
+        if settings["fsdp_config"] and self.deepspeed:
+            raise ValueError("--fsdp and --deepspeed exclude each other; give one")
+        zero = (settings["deepspeed"] or {}).get("zero_optimization", {})
+        if self.bits != 16 and zero.get("stage") == 3:
+            raise ValueError(
+                f"--bits {self.bits}: quantised weights cannot be split by ZeRO-3; "
+                "accepted: ZeRO-2, or no --deepspeed"
+            )
 
     def _check_lora(self) -> None:
         if self.bits not in (4, 8, 16):
@@ -340,13 +360,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.warmup_ratio is not None and not self.warmup_steps:  # explicit steps win
             self.warmup_steps = min(self.warmup_ratio, 1 - 1e-9)
         self.use_cpu = self.use_cpu or self.no_cuda
-        strategy = self.train_sampling_strategy
-        if strategy not in ("random", "sequential", "group_by_length"):
-            raise ValueError(
-                f"--train_sampling_strategy {strategy}; accepted: random, sequential, "
-                "group_by_length (and --token_budget, which fills packed batches)"
-            )
-        self.group_by_length = self.group_by_length or strategy == "group_by_length"
+        by_length = self.train_sampling_strategy == "group_by_length"
+        self.group_by_length = self.group_by_length or by_length
         if self.logging_dir:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", self.logging_dir)
         for name, reason in NO_EFFECT.items():
@@ -393,13 +408,9 @@ def _accelerator_available() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
-    """The reporters of `report_to` (names, or names with commas between) that work without asking
-    anybody anything.
-
-    wandb is kept only if it is installed and a key or an offline mode is set, because it would
-    otherwise wait for a login; what is left out is said. ValueError for an unknown name.
-    """
+def known_reports(report_to: str | Sequence[str] | None) -> list[str]:
+    """The reporters of `report_to`: names, or names with commas between. ValueError for an unknown
+    one."""
     given = [report_to] if isinstance(report_to, str) else report_to or []
     wanted = [name.strip() for text in given for name in text.split(",") if name.strip()]
     if "all" in wanted:
@@ -409,6 +420,16 @@ def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
     if unknown:
         known = ", ".join(INTEGRATION_TO_CALLBACK)
         raise ValueError(f"--report_to {unknown[0]}; accepted: none, all, {known}")
+    return wanted
+
+
+def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
+    """Those of `known_reports` that work without asking anybody anything.
+
+    wandb is kept only if it is installed and a key or an offline mode is set, because it would
+    otherwise wait for a login; what is left out is said.
+    """
+    wanted = known_reports(report_to)
     if "wandb" in wanted and not _wandb_ready():
         logger.warning(
             "wandb is left out: %s",
@@ -471,32 +492,42 @@ def build_parser() -> HfArgumentParser:
     return parser
 
 
+def _values(group: type, flags: Any) -> dict[str, Any]:
+    return {each.name: getattr(flags, each.name) for each in dataclasses.fields(group) if each.init}
+
+
 def group_of(group: type[T], flags: Any) -> T:
     """One of the argument groups from the parser's namespace, for what needs no more of a run."""
-    names = [each.name for each in dataclasses.fields(group)]  # type: ignore[arg-type]
-    return group(**{name: getattr(flags, name) for name in names})
+    return group(**_values(group, flags))
+
+
+def as_given(flags: Any) -> TrainingArguments:
+    """The training flags of the parser's namespace, judged but not prepared: no device is asked
+    for, no rank joined, nothing translated or turned off for this machine."""
+    made = TrainingArguments.__new__(TrainingArguments)
+    vars(made).update(_values(TrainingArguments, flags))
+    made.check()
+    return made
 
 
 def parse_args(
-    argv: Sequence[str] | None = None,
+    argv: Sequence[str] | None = None, prepared: bool = True
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The three argument groups of a command line.
+    """The three argument groups of a command line. prepared: False for training arguments
+    `as_given`, and a command that may lack its data.
 
-    Raises ValueError for unknown flags and values that do not fit.
+    Raises ValueError for unknown flags and values that do not fit. What transformers itself judges
+    of its own flags is judged for prepared ones alone.
     """
-    model, data, training, unknown = build_parser().parse_args_into_dataclasses(
-        args=None if argv is None else list(argv),
-        return_remaining_strings=True,
-        look_for_args_file=False,
-    )
+    flags, unknown = build_parser().parse_known_args(None if argv is None else list(argv))
     if unknown:
         raise ValueError(f"unknown flag(s): {' '.join(unknown)}{meant(unknown)}")
-    if not data.data_path:
+    model, data = group_of(ModelArguments, flags), group_of(DataArguments, flags)
+    training = group_of(TrainingArguments, flags) if prepared else as_given(flags)
+    if prepared and not data.data_path:
         raise ValueError("--data_path is needed")
     if (model.model_name_or_path is None) == (model.init_from_config is None):
         raise ValueError("give one of --model_name_or_path and --init_from_config")
-    if data.eval_data_path is None and str(training.eval_strategy.value) != "no":
-        raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     check_flags(model, data, training)
     model.plan()
     return model, data, training

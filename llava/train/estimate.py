@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
-from llava.train.arguments import DataArguments, ModelArguments, build_parser, group_of, meant
+from llava.train.arguments import TrainingArguments, parse_args
 from llava.train.estimate_forward import (
     Command,
     Sample,
@@ -43,20 +43,17 @@ from llava.train.estimate_forward import (
 )
 from llava.train.estimate_state import Engine, Row, buffer_bytes, state_rows
 from llava.train.parts import part_of
-from llava.train.setup import check_plan
+from llava.train.setup import check_plan, check_vision
 from llava.train.telemetry import GIB, BatchCost
 from llava.utils import Ranks, json_dump, user_errors
 
 
 def read_command(argv: Sequence[str], ranks: int) -> Command:
-    """Parse a training command line. ValueError for unknown flags and values that do not fit."""
-    flags, unknown = build_parser().parse_known_args(list(argv))
-    if unknown:
-        raise ValueError(f"unknown flag(s): {' '.join(unknown)}{meant(unknown)}")
-    model, data = group_of(ModelArguments, flags), group_of(DataArguments, flags)
-    if (model.model_name_or_path is None) == (model.init_from_config is None):
-        raise ValueError("give one of --model_name_or_path and --init_from_config")
+    """Parse a training command line. ValueError, in training's words, for all that it refuses
+    without a started run: flags, plan and sizes; files of weights and data need not be there."""
+    model, data, flags = parse_args(argv, prepared=False)
     check_plan(model)
+    check_vision(model, data, flags, with_weights=False)
     return Command(model, data, flags, Engine.of(flags, ranks))
 
 
@@ -175,7 +172,7 @@ def estimate(
     )
 
 
-def format_estimate(found: Estimate, flags: Any) -> str:
+def format_estimate(found: Estimate, flags: TrainingArguments) -> str:
     """The table that a terminal shows."""
     trained = ", ".join(f"{part} {count:,}" for part, count in found.trained.items())
     usual, longest = found.samples["usual"], found.samples["longest"]

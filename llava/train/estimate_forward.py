@@ -25,21 +25,35 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import count_visual_tokens
 from llava.model.builder import FAMILIES, config_object
-from llava.model.multimodal_encoder.builder import tower_config, tower_structure
+from llava.model.multimodal_encoder.builder import tower_config
 from llava.reduction.plan import resolve_plan
-from llava.train.arguments import DataArguments, ModelArguments, parse_pinpoints
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_pinpoints,
+)
 from llava.train.estimate_state import SINGLE, Engine, Row
-from llava.train.setup import add_lora, freeze, keep_checkpoint_settings, read_config
+from llava.train.setup import (
+    add_lora,
+    freeze,
+    keep_checkpoint_settings,
+    read_config,
+    vision_structure,
+)
+
+FUSED = (None, "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Attention backends that keep no scores for the backward pass: counted as sdpa."""
 
 
 # --------------------------------------------------------------------------------------- the model
 @dataclass(frozen=True)
 class Command:
-    """A training command, parsed but not prepared: nothing is joined, turned off or loaded."""
+    """A training command, parsed but not prepared (`as_given`): nothing is loaded."""
 
     model: ModelArguments
     data: DataArguments
-    flags: Any
+    flags: TrainingArguments
     engine: Engine
 
 
@@ -47,15 +61,14 @@ def build_model(command: Command) -> Any:
     """The model of the command in training mode, parts frozen, adapters added, the plan in its
     config, weights at random (under ``torch.device("meta")`` none). It reads config files alone."""
     args, flags, engine = copy.copy(command.model), command.flags, command.engine
-    raw = read_config(args)[1]
+    folder, raw = read_config(args)
     cls, config = FAMILIES[raw["model_type"]][1], config_object(raw)
     keep_checkpoint_settings(args, config)
     name = args.vision_tower
     args.pretrain_mm_mlp_adapter = None
     if name:
-        own = raw.get("mm_vision_config") if raw.get("mm_vision_tower") == name else None
         config.mm_vision_tower = name
-        config.mm_vision_config = own or tower_structure(name)
+        config.mm_vision_config = vision_structure(raw, folder, name)
         config.mm_vision_select_layer = args.mm_vision_select_layer
         config.mm_vision_select_feature = args.mm_vision_select_feature
         config.mm_projector_type = args.mm_projector_type
@@ -63,7 +76,8 @@ def build_model(command: Command) -> Any:
         config.mm_hidden_size = tower_config(config.mm_vision_config, name).hidden_size
     else:
         config.mm_vision_tower = config.mm_vision_config = None
-    backend = flags.attn_implementation if flags.attn_implementation == "eager" else "sdpa"
+    asked = flags.attn_implementation
+    backend = "sdpa" if asked in FUSED else asked
     half = torch.float16 if flags.fp16 else torch.bfloat16
     dtype = half if engine.half and not engine.casts_weights else torch.float32
     model = cls._from_config(config, dtype=dtype, attn_implementation=backend)

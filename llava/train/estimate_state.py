@@ -7,17 +7,14 @@ DDP. The buffers of these engines are rough. ``llava train --estimate --world_si
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from llava.model.checkpoint_layout import read_json
-from llava.train.fsdp import fsdp_settings
+from llava.train.arguments import TrainingArguments
 from llava.train.parts import optimizer_bytes, part_of
 
 HALF, SINGLE = 2, 4
@@ -43,21 +40,20 @@ class Engine:
     stays_whole: bool = False
 
     @classmethod
-    def of(cls, flags: Any, ranks: int) -> Engine:
-        """From --deepspeed, --fsdp and the precision. ValueError for a file that is not there or a
-        stage that is not known."""
+    def of(cls, flags: TrainingArguments, ranks: int) -> Engine:
+        """From --deepspeed, --fsdp and the precision."""
         half = bool(flags.bf16 or flags.fp16)
-        if flags.deepspeed:
-            zero = _settings(str(flags.deepspeed)).get("zero_optimization", {})
-            stage = zero.get("stage", 0)
-            if stage not in (0, 1, 2, 3):
-                raise ValueError(f"ZeRO stage {stage!r} in {flags.deepspeed}; accepted: 0 to 3")
+        found = flags.settings()
+        if found["deepspeed"]:
+            zero = found["deepspeed"].get("zero_optimization", {})
             away = {
                 name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none"
                 for name in ("optimizer", "param")
             }
-            return cls(f"zero{stage}", ranks, half, away["optimizer"], away["param"])
-        settings = fsdp_settings(flags.fsdp, flags.fsdp_config)
+            return cls(
+                f"zero{int(zero.get('stage', 0))}", ranks, half, away["optimizer"], away["param"]
+            )
+        settings = found["fsdp_config"]
         if settings:
             away = bool(settings.get("cpu_offload"))
             whole = not settings.get("reshard_after_forward", True)
@@ -74,16 +70,6 @@ class Engine:
         return self.half and self.name in ("single", "ddp")
 
 
-def _settings(text: str) -> dict[str, Any]:
-    """--deepspeed, a file or the JSON object itself. ValueError, by name, for neither."""
-    if not text.lstrip().startswith("{"):
-        return read_json(Path(text), f"--deepspeed {text}")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--deepspeed {text:.60}: {error}") from error
-
-
 @dataclass(frozen=True)
 class Row:
     """A line of the table: bytes on the device and in the host's memory, of one rank."""
@@ -97,7 +83,9 @@ def _share(numel: int, ranks: int) -> int:
     return math.ceil(numel / ranks)
 
 
-def stored_bytes(name: str, parameter: nn.Parameter, flags: Any, width: int | None = None) -> int:
+def stored_bytes(
+    name: str, parameter: nn.Parameter, flags: TrainingArguments, width: int | None = None
+) -> int:
     """Bytes of a parameter as a rank holds the whole of it. width: bytes of a number, by default
     those of its type.
 
@@ -121,7 +109,9 @@ def stored_bytes(name: str, parameter: nn.Parameter, flags: Any, width: int | No
     return math.ceil(size / 2) + scales
 
 
-def state_rows(model: Any, engine: Engine, flags: Any, used: frozenset[int]) -> list[Row]:
+def state_rows(
+    model: Any, engine: Engine, flags: TrainingArguments, used: frozenset[int]
+) -> list[Row]:
     """Weights, gradients and optimizer of one rank. used: of `Kept`; DeepSpeed and FSDP2 keep room
     for every trained parameter, torch for those that get a gradient."""
     named = list(dict(model.named_parameters()).items())  # a tied weight comes once
@@ -129,7 +119,7 @@ def state_rows(model: Any, engine: Engine, flags: Any, used: frozenset[int]) -> 
     if engine.name in ("single", "ddp"):
         trained = [parameter for parameter in trained if id(parameter) in used]
     shapes = [parameter.shape for parameter in trained]
-    states = optimizer_bytes(shapes, str(getattr(flags.optim, "value", flags.optim)))
+    states = optimizer_bytes(shapes, flags.optim)
     count = sum(parameter.numel() for parameter in trained)
     width = HALF if engine.half and engine.deepspeed else SINGLE
     if engine.name in ("single", "ddp"):

@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from transformers.training_args import OptimizerNames
+
 from llava.utils import Ranks, get_logger
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ RANGES: dict[str, Range] = {
 """Flag -> what it may be, where it is given."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "optim": tuple(each.value for each in OptimizerNames),
     "image_aspect_ratio": ("square", "pad", "anyres"),
     "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
     "mm_vision_select_feature": ("patch", "cls_patch"),
@@ -123,24 +126,23 @@ def _check_zero(where: str, settings: dict[str, Any]) -> None:
         )
 
 
-def check_environment(deepspeed: bool = False) -> None:
-    """ValueError for variables of a launcher that do not fit, or are not there.
-
-    deepspeed: its engine asks for them; without, a lone process needs none.
-    """
+def check_environment() -> None:
+    """ValueError for variables of a launcher that do not fit; a lone process needs none."""
     env = os.environ
     Ranks.from_environment()
     port = env.get("MASTER_PORT", "1")
     if not (port.isdecimal() and int(port) < 2**16):
         raise ValueError(f"MASTER_PORT is {port!r}; accepted: 1 to 65535")
-    if "RANK" in env:
-        return
-    if env.get("SLURM_PROCID", "0") != "0":
+    if "RANK" not in env and env.get("SLURM_PROCID", "0") != "0":
         raise ValueError(
             f"task {env['SLURM_PROCID']} of srun has no RANK, so each task would train alone; "
             "start it with: srun bash scripts/slurm/task.sh python -m llava.train.train"
         )
-    if deepspeed and "OMPI_COMM_WORLD_RANK" not in env:
+
+
+def check_launcher() -> None:
+    """ValueError where DeepSpeed, which asks for a launcher's variables, would find none."""
+    if not {"RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
         raise ValueError(
             "--deepspeed needs a launcher; start with: torchrun --nproc_per_node 1 -m "
             "llava.train.train (or deepspeed --module llava.train.train)"
@@ -162,11 +164,16 @@ def check_figures(group: Any) -> None:
 
 def check_flags(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     """ValueError for a figure out of its range, an unknown word, or flags that contradict each
-    other; a warning for flags without effect. `training` has judged its own figures."""
+    other; a warning for flags without effect. `training` has judged its own flags."""
     check_figures(model)
     check_figures(data)
+    if data.eval_data_path is None and _word(training.eval_strategy) != "no":
+        raise ValueError(f"--eval_strategy {_word(training.eval_strategy)} needs --eval_data_path")
     _check_steps(training)
-    _check_parts(model, training)
+    check_stage(model, training)
+    check_image_tokens(model)
+    if training.lora_enable:
+        _check_lora(model)
     _warn_of_the_lonely(model, data, training)
 
 
@@ -184,37 +191,46 @@ def _check_steps(training: TrainingArguments) -> None:
         )
     if not training.prediction_loss_only:
         raise ValueError("--prediction_loss_only False: validation computes the loss only")
-    if training.probe_samples and not training.probe_steps and not training.do_eval:
+    validates = training.do_eval or _word(training.eval_strategy) != "no"
+    if training.probe_samples and not training.probe_steps and not validates:
         raise ValueError(
             f"--probe_samples {training.probe_samples} needs --probe_steps, or a validation "
             "(--eval_strategy) to take place at"
         )
 
 
-def _check_parts(model: ModelArguments, training: TrainingArguments) -> None:
-    """Flags that say which parts are trained must agree: what is trained must also be saved."""
-    parts = model.tunable_parts()
-    if model.tune_mm_mlp_adapter:
-        if parts not in (None, ("mm_mlp_adapter",)):
+def _word(strategy: Any) -> str:
+    """A strategy as it is given; transformers makes an enum of it."""
+    return str(getattr(strategy, "value", strategy))
+
+
+def check_stage(model: ModelArguments, training: TrainingArguments) -> None:
+    """ValueError unless the flags that say which parts are trained agree: the projector stage saves
+    the projector alone."""
+    if not model.tune_mm_mlp_adapter:
+        return
+    if model.tunable_parts() not in (None, ("mm_mlp_adapter",)):
+        raise ValueError(
+            "--tune_mm_mlp_adapter True trains and saves the projector alone; leave it out "
+            f"with --mm_tunable_parts {model.mm_tunable_parts}"
+        )
+    for name in ("freeze_mm_mlp_adapter", "unfreeze_mm_vision_tower"):
+        if getattr(training, name):
             raise ValueError(
-                "--tune_mm_mlp_adapter True trains and saves the projector alone; leave it out "
-                f"with --mm_tunable_parts {model.mm_tunable_parts}"
+                f"--tune_mm_mlp_adapter True trains the projector alone; leave out --{name}, "
+                "or say what is trained with --mm_tunable_parts"
             )
-        for name, group in (
-            ("freeze_mm_mlp_adapter", training),
-            ("unfreeze_mm_vision_tower", training),
-        ):
-            if getattr(group, name):
-                raise ValueError(
-                    f"--tune_mm_mlp_adapter True trains the projector alone; leave out --{name}, "
-                    "or say what is trained with --mm_tunable_parts"
-                )
-    if training.lora_enable:
-        _check_lora(model, parts)
 
 
-def _check_lora(model: ModelArguments, parts: tuple[str, ...] | None) -> None:
+def check_image_tokens(model: ModelArguments) -> None:
+    """ValueError for <im_start> and <im_end> in the projector stage, which would not train them."""
+    if model.mm_use_im_start_end and model.tune_mm_mlp_adapter:
+        raise ValueError("--mm_use_im_start_end cannot be trained with --tune_mm_mlp_adapter")
+
+
+def _check_lora(model: ModelArguments) -> None:
     """ValueError for flags that leave adapters nothing to do."""
+    parts = model.tunable_parts()
     if model.init_from_config:
         raise ValueError("--lora_enable needs a base with weights: give --model_name_or_path")
     if model.mm_use_im_start_end:
@@ -236,7 +252,7 @@ def _warn_of_the_lonely(
         "anyres": data.image_aspect_ratio == "anyres",
         "fsdp": bool(training.fsdp),
         "probe_samples": training.probe_samples > 0,
-        "evaluates": training.eval_strategy.value != "no",
+        "evaluates": _word(training.eval_strategy) != "no",
         "trains_tower": "mm_vision_tower" in parts if parts else training.unfreeze_mm_vision_tower,
         "trains_projector": "mm_mlp_adapter" in parts if parts else not frozen,
         "has_tower": bool(model.vision_tower or model.model_name_or_path),

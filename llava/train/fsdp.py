@@ -11,9 +11,10 @@ for any number of ranks; the model is saved beside it in the usual layout.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from llava.train.flag_checks import read_settings
 
 STATE_FOLDER = "fsdp_state"
 WORDS: dict[str, dict[str, Any]] = {
@@ -40,12 +41,7 @@ def fsdp_settings(asked: Any, config: Any) -> dict[str, Any] | None:
     unknown = [word for word in words if word not in WORDS]
     if unknown:
         raise ValueError(f"--fsdp {' '.join(unknown)}: unknown; accepted: {', '.join(WORDS)}")
-    if isinstance(config, str):
-        try:
-            text = config if config.lstrip().startswith("{") else Path(config).read_text("utf-8")
-            config = json.loads(text)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--fsdp_config {config}: {error}") from error
+    config = read_settings("fsdp_config", config)
     settings: dict[str, Any] = {"version": 2}
     for word in words:
         settings.update(WORDS[word])

@@ -56,6 +56,7 @@ from llava.train.arguments import (
     parse_pinpoints,
 )
 from llava.train.dataset import check_max_length
+from llava.train.flag_checks import check_image_tokens, check_stage
 from llava.train.lora import Adapters, add_adapters, halve_frozen, trains
 from llava.train.parts import part_of
 from llava.utils import describe_error, get_logger, set_seed
@@ -222,15 +223,12 @@ def load_tokenizer(model_args: ModelArguments, max_length: int) -> Any:
 
 
 def add_image_tokens(model: Any, tokenizer: Any, model_args: ModelArguments) -> None:
-    """Add <im_patch>, <im_start> and <im_end> where the flags ask for them; the new embedding rows
-    start as the mean of the old ones.
-
-    ValueError for <im_start> and <im_end> in the projector stage, which would not train them.
-    """
+    """Add <im_patch>, <im_start> and <im_end> where the flags, or the checkpoint that they leave it
+    to, ask for them; the new embedding rows start as the mean of the old ones. ValueError as
+    `check_image_tokens`."""
     if not model_args.vision_tower:
         return
-    if model_args.mm_use_im_start_end and model_args.tune_mm_mlp_adapter:
-        raise ValueError("--mm_use_im_start_end cannot be trained with --tune_mm_mlp_adapter")
+    check_image_tokens(model_args)
     wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
     if model_args.mm_use_im_start_end:
         wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
@@ -245,8 +243,9 @@ def add_image_tokens(model: Any, tokenizer: Any, model_args: ModelArguments) -> 
 def trained_parts(
     model_args: ModelArguments, training_args: TrainingArguments
 ) -> tuple[dict[str, bool], set[str]]:
-    """(which parts of a model the flags train, those that they ask for by name). ValueError for
-    flags that contradict each other."""
+    """(which parts of a model the flags train, those that they ask for by name). ValueError as
+    `check_stage`."""
+    check_stage(model_args, training_args)
     parts = model_args.tunable_parts()
     if parts is not None:
         trained = {
@@ -255,14 +254,9 @@ def trained_parts(
             "tower": "mm_vision_tower" in parts,
         }
         return trained, {part for part, wanted in trained.items() if wanted}
-    tower = training_args.unfreeze_mm_vision_tower
     if model_args.tune_mm_mlp_adapter:
-        if tower:
-            raise ValueError(
-                "--unfreeze_mm_vision_tower True with --tune_mm_mlp_adapter True, which trains and "
-                "saves the projector alone; leave one out"
-            )
         return {"language": False, "projector": True, "tower": False}, {"projector"}
+    tower = training_args.unfreeze_mm_vision_tower
     trained = {
         "language": not model_args.freeze_backbone,
         "projector": not training_args.freeze_mm_mlp_adapter,
@@ -399,23 +393,35 @@ def check_buildable(raw: Mapping[str, Any], where: str) -> None:
         ) from error
 
 
+def vision_structure(raw: Mapping[str, Any], folder: str, name: str) -> dict[str, Any]:
+    """The vision config of the tower `name` for a base with this config.json: the base's own, or
+    that of `tower_structure`."""
+    if name != raw.get("mm_vision_tower"):
+        return tower_structure(name)
+    return raw.get("mm_vision_config") or tower_structure(name, folder)
+
+
 def check_vision(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    with_weights: bool = True,
 ) -> None:
     """ValueError for a tower that cannot be read, a layer that it does not have, a projector that
     does not fit between it and the base, a context without room for a picture, or sizes of tiles
-    that are none; from config files and the projector's own file alone."""
+    that are none; from config files and the projector's own file alone. with_weights: False asks
+    for config files alone."""
     folder, raw = read_config(model_args)
     asked = replace(model_args)
     keep_checkpoint_settings(asked, SimpleNamespace(**raw))
     name = asked.vision_tower
     if not name:
         return
-    if name == raw.get("mm_vision_tower"):
-        structure = raw.get("mm_vision_config") or tower_structure(name, folder)
-    else:
-        structure = read_structure(name)
+    if with_weights and name != raw.get("mm_vision_tower"):
+        structure = read_structure(name)  # a published one has to be there too
         check_tower_folder(structure, name)
+    else:
+        structure = vision_structure(raw, folder, name)
     tower = tower_config(structure, name)
     layers = tower.num_hidden_layers
     if not -layers - 1 <= asked.mm_vision_select_layer <= layers:
@@ -430,7 +436,7 @@ def check_vision(
     )
     with torch.device("meta"):
         projector = build_vision_projector(shape)
-    if asked.pretrain_mm_mlp_adapter:
+    if with_weights and asked.pretrain_mm_mlp_adapter:
         check_adapter(asked.pretrain_mm_mlp_adapter, projector)
     patches = (tower.image_size // tower.patch_size) ** 2
     check_max_length(training_args.model_max_length, patches)

@@ -39,7 +39,7 @@ from llava.train.dataset import (
 )
 from llava.train.dual_speed import dual_speed_of
 from llava.train.files import check_checkpoint, reading, saving
-from llava.train.flag_checks import check_environment
+from llava.train.flag_checks import check_environment, check_launcher
 from llava.train.llava_trainer import LLaVATrainer, data_seed
 from llava.train.preprocess import training_template
 from llava.train.ranks import wait_at_most
@@ -258,9 +258,9 @@ def told(
 
 def start_processes(training_args: TrainingArguments) -> None:
     """Join the other ranks before the model is made: ZeRO-3 spreads it over them from the start."""
-    check_environment(bool(training_args.deepspeed))
     device = training_args.device  # asking for it starts the process group
     if training_args.deepspeed:
+        check_launcher()
         import deepspeed
 
         # accelerate does this on GPUs only.
@@ -294,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if estimate.wanted(arguments):
         estimate.main(arguments)
         return
-    run_without_plan(arguments)
     check_environment()
+    run_without_plan(arguments)
     model_args, data_args, training_args = parse_args(arguments)
     summary = train(model_args, data_args, training_args)
     if summary and training_args.process_index == 0:

@@ -193,10 +193,6 @@ def test_ranks_share_what_their_engine_shares(files):
     assert alone.pop("buffers, about").device == 0
     assert ddp.pop("buffers, about").device == alone["gradients"].device
     assert ddp == alone
-    for text, message in ((zero(7), "ZeRO stage 7"), ("{stage", "--deepspeed {stage: "),
-                          ("nowhere.json", r"nowhere\.json is missing")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            rows_of(files, deepspeed=text)
 
 
 def test_quantised_weights_take_half_a_byte(files, base):
@@ -260,11 +256,16 @@ def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, 
     renamed = read_command([*words(files), "--per_gpu_train_batch_size", "3"], 2)
     assert renamed.flags.per_device_train_batch_size == 3
     for line, text in (
-        ([*words(files), "--no_such_flag", "1"], "no_such_flag"),
-        (words(files, model_max_length=4), "do not fit --model_max_length"),
+        (words(files, no_such_flag=1), "no_such_flag"),
+        (words(files, deepspeed="nowhere.json"), "nowhere.json: there is no such file"),
+        (words(files, reduction="fastv:k=9,r=0.5"), "layer 9"),
+        (words(files, attn_implementation="nonsense"), "nonsense"),
+        (words(files, mm_vision_select_layer=-9), "the tower .* has 2 layers"),
+        (words(files, model_max_length=4), "cannot hold a picture of 4 visual"),
+        (words(files, model_max_length=8), "do not fit --model_max_length 8 beside text"),
     ):
         with pytest.raises(ValueError, match=text):
-            estimate(read_command(line, 1))
+            estimate(read_command(line, 1), pictures=2)
 
 
 def test_anyres_takes_the_picture_with_most_tiles(files):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, unreadable
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 
 TOWERS: dict[str, type[CLIPVisionTower]] = {
@@ -81,17 +81,15 @@ def tower_structure(name: str, holder: str | Path | None = None) -> dict[str, An
     """
     if not Path(name).is_dir() and name in PUBLISHED:
         return dict(PUBLISHED[name])
-    if holder is None:
-        return read_structure(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return read_structure(name)
+    except ValueError as error:
+        if holder is None:
+            raise
         raise ValueError(
-            f"{holder} holds the weights of its vision tower but not its structure, and "
-            f"{name!r} (mm_vision_tower) cannot be read; give its folder (--vision-tower). "
-            f"{str(error).splitlines()[0]}"
+            f"{holder} holds the weights of its vision tower but not its structure (give it with "
+            f"--vision-tower): {error}"
         ) from error
-    return vision_config(config, name)
 
 
 def tower_config(structure: Mapping[str, Any], name: str) -> Any:
@@ -123,10 +121,7 @@ def read_structure(name: str) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers raises whatever its config classes do
-        raise ValueError(
-            f"vision tower {name!r} cannot be read; give a folder with config.json, weights and "
-            f"preprocessor_config.json, or a hub id ({str(error).splitlines()[0]})"
-        ) from error
+        raise unreadable(name, error) from error
     structure = vision_config(config, name)
     tower = tower_config(structure, name)
     if not 0 < tower.patch_size <= tower.image_size:

@@ -16,6 +16,14 @@ from transformers.utils import logging
 from llava.mm_utils import clip_image_processor_class
 
 
+def unreadable(name: str, error: Exception) -> ValueError:
+    """What is said of a tower whose config, weights or image processor cannot be read."""
+    return ValueError(
+        f"vision tower {name!r} cannot be read; give a folder with config.json, weights and "
+        f"preprocessor_config.json, or a hub id ({str(error).splitlines()[0]})"
+    )
+
+
 class CLIPVisionTower(nn.Module):
     """A frozen CLIP vision model.
 
@@ -75,10 +83,7 @@ class CLIPVisionTower(nn.Module):
             )
             processor = cls.processor_class().from_pretrained(name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"vision tower {name!r} cannot be read; give a folder with config.json, weights "
-                f"and preprocessor_config.json, or a hub id ({error})"
-            ) from error
+            raise unreadable(name, error) from error
         finally:
             logging.set_verbosity(verbosity)
         if report["missing_keys"]:
