@@ -215,7 +215,9 @@ def run_to_the_parser(function: Any, words: list[str], fragment: bool = False) -
             stop_behind_the_parser(fragment),
         ):
             function(*arguments)
-    except SystemExit:
+    except SystemExit as stopped:
+        if stopped.code == 0:  # --help
+            return None
         problem = said.getvalue().strip().splitlines()[-1]
         return None if fragment and re.search(r"expected .*argument$", problem) else problem
     except ValueError as error:  # a head mask is the user's
