@@ -26,7 +26,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(BUILD))
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     set_seed(0)
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # packages that tests import turn it on for all
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's evaluator turns it on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

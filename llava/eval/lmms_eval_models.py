@@ -12,6 +12,10 @@ Likelihoods come from the same generator with the continuation forced token by t
 drops for the prompt what it drops when the model answers, never having seen the continuation. As in
 the harness's own LLaVA the value is the mean loss of the continuation's tokens, its end included:
 multiple choice takes the smallest.
+
+The harness's evaluator sets Pillow's LOAD_TRUNCATED_IMAGES for its whole process, because its
+NoCaps has a picture that is cut off. Here that is left as it is: put back, the task would fail.
+Nothing else in this package imports the harness, so pictures that are cut off stay errors there.
 """
 
 from __future__ import annotations

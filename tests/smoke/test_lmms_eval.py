@@ -8,6 +8,7 @@ fail.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from places import ROOT
 
 from llava.decoding import Decoding
@@ -32,6 +33,7 @@ from llava.prompting import build_prompt, prepare_batch
 try:
     import datasets
     import lmms_eval
+    from lmms_eval.api import task as harness_task
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import simple_parse_args_string
@@ -43,6 +45,7 @@ try:
         cut_until,
         marked_text,
         parts_of,
+        picture_of,
         read_generation,
     )
 except ModuleNotFoundError as error:
@@ -219,6 +222,22 @@ def test_pictures_beyond_memory_are_asked_for_again():
     assert names[0] == names[2] != names[1]
     assert list(held.held) == [names[0]]
     assert [held.open(name).tobytes() for name in names] == [p.tobytes() for p in pictures]
+
+
+def test_cut_off_pictures_are_shown_where_the_harness_says_so(tmp_path, monkeypatch):
+    """Its NoCaps has one; whether Pillow takes it is the harness's to say, and it does."""
+    assert "ImageFile.LOAD_TRUNCATED_IMAGES = True" in inspect.getsource(harness_task)
+    path = tmp_path / "cut.png"
+    Image.effect_noise((64, 64), 80).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    for taken in (True, False):
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", taken)
+        for visual in (str(path), Image.open(path)):
+            if taken:
+                assert picture_of(visual).size == (64, 64)
+            else:
+                with pytest.raises((ValueError, OSError), match="truncated"):
+                    picture_of(visual)
 
 
 def test_generation_options_are_honoured_or_refused():
