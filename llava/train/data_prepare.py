@@ -16,21 +16,17 @@ Archives are zip or tar files, or folders (whose files are linked, or copied on 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shutil
 import sys
-import tarfile
-import tempfile
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
 
+from llava.train.archives import members, place
 from llava.train.records import Records, image_names
+from llava.train.train_sets import TRAIN_SETS, Part, TrainSet, belongs, list_lines
 from llava.utils import atomic_write, get_logger, json_dump, progress, user_errors
 
 logger = get_logger(__name__)
@@ -38,108 +34,6 @@ logger = get_logger(__name__)
 DATA_ROOT = Path("playground/data")
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 NAMED = 20
-_HUB = "https://huggingface.co/datasets/"
-
-
-# ----------------------------------------------------------------------------- what there is
-@dataclass(frozen=True)
-class Part:
-    """Pictures that come together. folders: of the set that they fill. archive: its usual name.
-    size, images: what the archive has, None where that is not known; by_stem: a picture may have
-    another ending in the archive than in the JSON."""
-
-    name: str
-    folders: tuple[str, ...]
-    archive: str
-    link: str
-    size: str | None = None
-    images: int | None = None
-    by_stem: bool = False
-
-
-@dataclass(frozen=True)
-class TrainSet:
-    """A training set. data: its JSON. root: the folder below the data root that the JSON's image
-    paths start from, and where the JSON goes is `home`. samples: of the JSON by the first folder of
-    the path ("" = without a picture), as published; None where nothing was."""
-
-    data: str
-    link: str
-    size: str
-    parts: tuple[Part, ...]
-    root: str = ""
-    home: str = ""
-    samples: Mapping[str, int] | None = None
-
-
-_COCO = Part(
-    "coco", ("coco/train2017",), "train2017.zip",
-    "http://images.cocodataset.org/zips/train2017.zip", "19.3 GB", 118287,
-)  # fmt: skip
-_GQA = Part(
-    "gqa", ("gqa/images",), "images.zip",
-    "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "21.8 GB", 148854,
-)  # fmt: skip
-_OCR_VQA = Part(
-    "ocr_vqa", ("ocr_vqa/images",), "ocr_vqa_images_llava_v15.zip",
-    f"{_HUB}weizhiwang/llava_v15_instruction_images", "8.97 GB", 207572, by_stem=True,
-)  # fmt: skip
-_TEXTVQA = Part(
-    "textvqa", ("textvqa/train_images",), "train_val_images.zip",
-    "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", "7.07 GB", 25119,
-)  # fmt: skip
-_VG = (
-    Part("vg_1", ("vg/VG_100K",), "images.zip",
-         "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip", "9.73 GB", 64346),
-    Part("vg_2", ("vg/VG_100K_2",), "images2.zip",
-         "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip", "5.47 GB", 43903),
-)  # fmt: skip
-_PRETRAIN = Part(
-    "pretrain", ("",), "images.zip", f"{_HUB}liuhaotian/LLaVA-Pretrain", "27.4 GB"
-)  # fmt: skip
-_WEB = "https://drive.google.com/drive/folders/1tCUQ-sq6vdshZVkF0ZeF3K4eztkXJgax"
-
-TRAIN_SETS: dict[str, TrainSet] = {
-    "pretrain558k": TrainSet(
-        data="blip_laion_cc_sbu_558k.json",
-        link=f"{_HUB}liuhaotian/LLaVA-Pretrain",
-        size="181 MB",
-        root="LLaVA-Pretrain/images",
-        home="LLaVA-Pretrain",
-        parts=(_PRETRAIN,),
-    ),
-    "mix665k": TrainSet(
-        data="llava_v1_5_mix665k.json",
-        link=f"{_HUB}liuhaotian/LLaVA-Instruct-150K",
-        size="1.03 GB",
-        parts=(_COCO, _GQA, _OCR_VQA, _TEXTVQA, *_VG),
-        samples={
-            "coco": 364100, "gqa": 72140, "ocr_vqa": 80000, "textvqa": 21953, "vg": 86417,
-            "": 40688,
-        },
-    ),
-    "mix1m": TrainSet(
-        data="open-llava-next_instruct_mix1M.json",
-        link=f"{_HUB}Lin-Chen/Open-LLaVA-NeXT-mix1M",
-        size="1.64 GB",
-        parts=(
-            Part("pretrain", ("llava/llava_pretrain/images",), "images.zip", _PRETRAIN.link,
-                 _PRETRAIN.size),
-            _COCO, _GQA, _OCR_VQA, _TEXTVQA, *_VG,
-            Part("sam", ("sam/images",), "sam_images_share-sft.zip",
-                 "https://drive.google.com/file/d/1dKumdOKSXtV7lIXdrG7jsIK_z2vZv2gs", "8.87 GB"),
-            Part("web-celebrity", ("web-celebrity/images",), "web-celebrity.zip", _WEB, "103 MB"),
-            Part("web-landmark", ("web-landmark/images",), "web-landmark.zip", _WEB, "227 MB"),
-            Part("wikiart", ("wikiart/images",), "wikiart.zip", _WEB, "185 MB"),
-            Part("share_textvqa", ("share_textvqa/images",), "share_textvqa.zip", _WEB, "126 MB"),
-            Part("vqa_collection",
-                 ("ai2d", "chartqa", "docvqa", "dvqa", "geoqa+", "synthdog-en"),
-                 "vqa_collection.zip", f"{_HUB}Lin-Chen/Open-LLaVA-NeXT-mix1M", "30.2 GB"),
-            Part("allava_vflan", ("allava_vflan/images/images_191task_1k",),
-                 "image_191-task_1k.zip", f"{_HUB}Vision-Flan/vision-flan_191-task_1k", "36.3 GB"),
-        ),
-    ),
-}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- what is needed
@@ -189,104 +83,7 @@ class Matcher:
         return None
 
 
-def belongs(path: str, part: Part) -> bool:
-    """Whether a picture path lies in one of a part's folders."""
-    return any(not folder or path.startswith(f"{folder}/") for folder in part.folders)
-
-
 # ----------------------------------------------------------------------------- archives
-class Member(NamedTuple):
-    """A file of an archive: its path there, its bytes, and how it is read (or linked) to a file."""
-
-    path: str
-    size: int
-    copy: Callable[[Path], None]
-
-
-@contextlib.contextmanager
-def members(path: Path) -> Iterator[Iterator[Member]]:
-    """The regular files of a zip, a tar or a folder. Raises ValueError for an archive that is
-    damaged, encrypted or compressed in a way that is not known."""
-    try:
-        if path.is_dir():
-            yield _folder_members(path)
-        elif zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                yield _zip_members(archive)
-        else:
-            with tarfile.open(path) as archive:
-                yield _tar_members(archive)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no archive: {error}") from error
-    except RuntimeError as error:  # zipfile's words for a password or a compression it knows not
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
-    for info in archive.infolist():
-        mode = info.external_attr >> 16 & 0o170000
-        if not info.is_dir() and mode in (0, 0o100000):
-            yield Member(info.filename, info.file_size, _copier(archive.open, info))
-
-
-def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
-    for info in archive:
-        if info.isreg():
-            yield Member(info.name, info.size, _copier(archive.extractfile, info))
-
-
-def _folder_members(folder: Path) -> Iterator[Member]:
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            file = Path(parent, name)
-            if file.is_file():
-                relative = file.relative_to(folder).as_posix()
-                yield Member(relative, file.stat().st_size, _linker(file))
-
-
-def _copier(open_member: Callable[[Any], IO[bytes] | None], info: Any) -> Callable[[Path], None]:
-    def copy(target: Path) -> None:
-        source = open_member(info)
-        assert source is not None
-        with source, open(target, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
-        target.chmod(0o644)  # a temporary file is private
-
-    return copy
-
-
-def _linker(file: Path) -> Callable[[Path], None]:
-    def copy(target: Path) -> None:
-        target.unlink()
-        try:
-            os.link(file.resolve(), target)
-        except OSError:  # another disk, or one that knows no links
-            shutil.copyfile(file, target)
-
-    return copy
-
-
-def place(member: Member, target: Path) -> bool:
-    """Write a file of an archive whole or not at all; False if it is there already."""
-    with contextlib.suppress(OSError):
-        if target.stat().st_size == member.size:
-            return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
-    try:
-        member.copy(Path(name))
-        if Path(name).stat().st_size != member.size:
-            raise ValueError(f"{member.path}: ends before its {member.size} bytes")
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    return True
-
-
 def find_archive(part: Part, folder: Path | None, named: Mapping[str, Path], lone: bool) -> Path:
     """Where a part's archive is: as named, else in `folder` as <part>.zip, <part>/<its usual name>,
     <part>/ or, if no other part's archive has that name (`lone`), under its usual name.
@@ -468,19 +265,6 @@ def _verify(result: Prepared, chosen: TrainSet, needed: Mapping[str, None], root
 
 
 # ----------------------------------------------------------------------------- command
-def list_lines(name: str) -> list[str]:
-    """Files of a set: name, size, where they can be had, what they fill."""
-    chosen = TRAIN_SETS[name]
-    lines = [f"{name}: {chosen.data} ({chosen.size}) {chosen.link}"]
-    for part in chosen.parts:
-        count = f", {part.images} pictures" if part.images else ""
-        folders = ", ".join(str(PurePosixPath(chosen.root, own)) for own in part.folders)
-        lines.append(f"  {part.name}: {part.archive} ({part.size or 'size unknown'}{count})")
-        lines.append(f"      -> {folders}")
-        lines.append(f"      {part.link}")
-    return lines
-
-
 def result_lines(result: Prepared) -> list[str]:
     """What is there and what is not."""
     lines = [

@@ -29,7 +29,7 @@ from llava.reduction.plan import resolve_plan
 from llava.train import estimate
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_args
 from llava.train.callbacks import TellFacts
-from llava.train.compare import Comparison, format_line, run_without_plan
+from llava.train.compare import Comparison, format_line
 from llava.train.dataset import (
     Collator,
     ImageReader,
@@ -59,6 +59,7 @@ from llava.train.setup import (
 )
 from llava.train.telemetry import changed_flags, run_figures
 from llava.train.token_counts import count_tokens
+from llava.train.without_plan import run_without_plan
 from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
 
 logger = get_logger("llava.train.train")

@@ -17,18 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_train import command, losses, pictures  # noqa: E402
 from train_fixtures import write_all  # noqa: E402
 
-from llava.train import compare as module  # noqa: E402
-from llava.train.compare import (  # noqa: E402
-    StepTime,
-    StepWatch,
-    compare,
-    exposed_seconds,
-    format_line,
-    profiled,
-    run_without_plan,
-    warm_up_of,
-)
+from llava.train import step_times, without_plan  # noqa: E402
+from llava.train.communication import exposed_seconds, profiled  # noqa: E402
+from llava.train.compare import compare, format_line, warm_up_of  # noqa: E402
+from llava.train.step_times import StepTime, StepWatch  # noqa: E402
 from llava.train.train import main  # noqa: E402
+from llava.train.without_plan import run_without_plan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
@@ -76,13 +70,13 @@ def test_a_compared_run_is_the_run_itself(files, tmp_path, monkeypatch, caplog):
     # A run that goes on keeps what its first part found, and measures nothing anew.
     flags = {"compare_steps": 5, "resume_from_checkpoint": "True"}
     called: list = []
-    monkeypatch.setattr(module, "_run_child", lambda *a: called.append(a) or 0)
+    monkeypatch.setattr(without_plan, "_run_child", lambda *a: called.append(a) or 0)
     run_without_plan(recipe(files, tmp_path / "with", **flags))
     assert not called
 
 
 def test_there_may_be_nothing_to_compare(files, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_run_child", lambda *a: pytest.fail("started a child"))
+    monkeypatch.setattr(without_plan, "_run_child", lambda *a: pytest.fail("started a child"))
     none = {"layer_list": None, "image_token_ratio_list": None, "compare_steps": 5}
     with caplog.at_level("INFO", "llava"):
         run_without_plan(recipe(files, tmp_path, **none))
@@ -100,7 +94,7 @@ def test_there_may_be_nothing_to_compare(files, tmp_path, monkeypatch, caplog):
     ):
         whole.write_text(text)
         started: list[object] = []
-        monkeypatch.setattr(module, "_run_child", lambda *a, to=started: to.append(a) or 0)
+        monkeypatch.setattr(without_plan, "_run_child", lambda *a, to=started: to.append(a) or 0)
         run_without_plan(recipe(files, tmp_path, compare_steps=5, **more))
         assert goes_on != bool(started)
     for steps in (-1, 3):
@@ -116,10 +110,10 @@ def test_a_failing_child_ends_those_of_the_other_ranks(tmp_path, monkeypatch):
     old = time.time() - 3600
     failed.touch()
     os.utime(failed, (old, old))  # of an earlier launch: does not count
-    assert module._run_child([sys.executable, "-c", ""], failed) == 0
-    assert module._run_child([sys.executable, "-c", "raise SystemExit(3)"], failed) == 3
+    assert without_plan._run_child([sys.executable, "-c", ""], failed) == 0
+    assert without_plan._run_child([sys.executable, "-c", "raise SystemExit(3)"], failed) == 3
     start = time.monotonic()
-    assert module._run_child(sleep, failed) < 0
+    assert without_plan._run_child(sleep, failed) < 0
     assert time.monotonic() - start < 20
 
 
@@ -181,7 +175,7 @@ def test_communication_counts_where_nothing_hides_it():
 def test_a_step_is_split_into_its_parts(monkeypatch):
     """The clock moves only where the test says so."""
     now = [5.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_times.time, "perf_counter", lambda: now[0])
 
     class Part(torch.nn.Module):
         def __init__(self, seconds):

@@ -14,8 +14,9 @@ import pytest
 
 from llava.cli import main
 from llava.train import data_prepare
-from llava.train.data_prepare import TRAIN_SETS, Matcher, list_lines
+from llava.train.data_prepare import Matcher
 from llava.train.records import Records
+from llava.train.train_sets import TRAIN_SETS, list_lines
 
 PICTURES = {
     "coco/train2017/000000033471.jpg": b"coco",
