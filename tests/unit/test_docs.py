@@ -158,6 +158,13 @@ def test_names_in_the_pages_about_code_are_in_the_code():
         assert {pair for pair in named if pair[1] not in words} == set()
 
 
+def test_the_design_page_names_every_file_of_the_training_code():
+    text = (ROOT / "docs" / "Design.md").read_text(encoding="utf-8")
+    section = text.split("\n## Where the training code is")[1].split("\n## ")[0]
+    there = {path.name for path in (ROOT / "llava" / "train").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", section)) == there
+
+
 def test_tests_named_in_the_documents_exist():
     names = {name for path in (ROOT / "tests").rglob("test_*.py") for name in _tests_of(path)}
     named = {
