@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import errno
 import hashlib
 import json
 import logging
@@ -143,13 +144,17 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
     Raises:
         ValueError: ``mode`` is neither ``"w"`` nor ``"wb"``.
+        OSError: it cannot be written, with ``path`` as its file name.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_write: mode {mode!r}; accepted: 'w', 'wb'")
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    prefix, name = f".{target.name}.", None
     try:
+        make_folder(target.parent)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=".tmp")
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -158,10 +163,34 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private
         os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    except BaseException as error:
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        if isinstance(error, OSError) and _of_the_file(error, prefix):
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(target)) from error
         raise
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _of_the_file(error: OSError, prefix: str) -> bool:
+    """Whether an error is about a temporary file of ours, and not about one that was read."""
+    if isinstance(error.filename, str):
+        return os.path.basename(error.filename).startswith(prefix)
+    return error.errno in _FULL  # of a write, which knows no name
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder with its parents; nothing where it is there. NotADirectoryError, by name, for a
+    file in its place or in that of a parent."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename
+        ) from None
 
 
 def json_dump(path: str | os.PathLike[str], obj: Any) -> None:

@@ -95,8 +95,11 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def folder_fingerprint(path: Path) -> str:
-    """A hash of a checkpoint's config and of its files' names and sizes."""
-    files = sorted((file.name, file.stat().st_size) for file in path.iterdir() if file.is_file())
+    """A hash of a checkpoint's config and of its files' names and sizes, the card's aside."""
+    from llava.model.model_card import CARD_FILE
+
+    found = [file for file in path.iterdir() if file.is_file() and file.name != CARD_FILE]
+    files = sorted((file.name, file.stat().st_size) for file in found)
     config = path / "config.json"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
     return config_hash({"files": files, "config": text})

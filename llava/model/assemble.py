@@ -30,7 +30,7 @@ from llava.model.checkpoint_layout import (
     resolve_folder,
 )
 from llava.model.choices import Choice
-from llava.model.hf_config import DECODERS, flatten
+from llava.model.hf_config import CARRIED_KEY, DECODERS, described_by, flatten
 from llava.model.key_maps import (
     PROJECTOR_PREFIX,
     TOWER_PREFIX,
@@ -39,6 +39,7 @@ from llava.model.key_maps import (
     shortened,
 )
 from llava.model.multimodal_encoder.builder import read_tower, tower_class, tower_structure
+from llava.reduction.plan import CONFIG_KEY
 
 # model_type or architecture in a flat config.json -> key of `builder.FAMILIES`.
 MODEL_TYPES = {**DECODERS, **{name: name for name in DECODERS.values()}, "llava": "llava_llama"}
@@ -109,14 +110,52 @@ def flat_config(files: CheckpointFiles) -> dict[str, Any]:
     return in_llava_layout(files.config, str(files.path / "config.json"))
 
 
+_TEXT, _DICT, _WHOLE, _SWITCH = (str,), (dict,), (int,), (bool,)
+# What the keys of config.json may hold beside null that are read before any config class sees them.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "architectures": (list,),
+    "model_type": _TEXT,
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
+    "text_config": _DICT,
+    "vision_config": _DICT,
+    CARRIED_KEY: _DICT,
+    "conv_mode": _TEXT,
+    "image_aspect_ratio": _TEXT,
+    "mm_hidden_size": _WHOLE,
+    "mm_patch_merge_type": _TEXT,
+    "mm_projector_type": _TEXT,
+    "mm_use_im_patch_token": _SWITCH,
+    "mm_use_im_start_end": _SWITCH,
+    "mm_vision_config": _DICT,
+    "mm_vision_select_feature": _TEXT,
+    "mm_vision_select_layer": _WHOLE,
+    "mm_vision_tower": _TEXT,
+    "tokenizer_model_max_length": (int, float),
+    CONFIG_KEY: (str, dict),
+}
+
+
+def check_types(
+    values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str
+) -> None:
+    """ValueError for a value of another type than `types` says; null is of any."""
+    for key, accepted in types.items():
+        value = values.get(key)
+        if value is not None and not isinstance(value, accepted):
+            names = " or ".join(kind.__name__ for kind in accepted)
+            raise ValueError(f"{where}: {key} is {value!r}; accepted: {names}")
+
+
 def in_llava_layout(config: dict[str, Any], where: str) -> dict[str, Any]:
     """A config.json of either layout as `flat_config` gives it. ValueError for one that cannot be
     read."""
+    check_types(config, _TYPES, where)
     if "text_config" in config:
         return flatten(config, where)
     kind = config.get("model_type")
     named = config.get("architectures") or [None]
-    family = ARCHITECTURES.get(named[0]) if kind == "llava" else None
+    family = ARCHITECTURES.get(str(named[0])) if kind == "llava" else None
     family = family or MODEL_TYPES.get(str(kind))
     if family is None:
         raise ValueError(f"{where} has model_type {kind!r}; accepted: {', '.join(MODEL_TYPES)}")
@@ -130,7 +169,7 @@ def _base(files: CheckpointFiles, model_base: str | Path | None) -> CheckpointFi
     if model_base is None:
         named = files.config.get(BASE_KEY)
         if files.kind == "lora":
-            named = read_json(files.path / "adapter_config.json").get(BASE_KEY) or named
+            named = adapter_settings(files.path).get(BASE_KEY) or named
         try:
             model_base = resolve_folder(named or "")
             found = named and model_base.is_dir()
@@ -143,7 +182,28 @@ def _base(files: CheckpointFiles, model_base: str | Path | None) -> CheckpointFi
     base = inspect_checkpoint(model_base)
     if base.kind != "full":
         raise ValueError(f"model_base {base.path} is no full checkpoint but a {base.kind}")
+    _check_base(files, base)
     return base
+
+
+# What a base must share with what was trained over it. Two models with other heads can have weights
+# of the same shapes.
+_SHARED = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+
+
+def _check_base(files: CheckpointFiles, base: CheckpointFiles) -> None:
+    """ValueError for a base of another architecture or size."""
+    own, given = flat_config(files), flat_config(base)
+    for key in _SHARED:
+        wanted, found = own.get(key), given.get(key)
+        if None not in (wanted, found) and wanted != found:
+            raise ValueError(
+                f"{files.path} was trained over a model with {key} {wanted!r}; the base "
+                f"{base.path} has {found!r}"
+            )
 
 
 def _overlay(files: CheckpointFiles, weights: dict[str, Tensor], dtype: torch.dtype | None) -> None:
@@ -151,11 +211,27 @@ def _overlay(files: CheckpointFiles, weights: dict[str, Tensor], dtype: torch.dt
     if files.kind == "projector":
         weights |= adapter_names(read_weights(files.weights))
         return
-    extra = files.path / NON_LORA_FILE
-    if extra.is_file():
-        weights |= adapter_names(read_weights([extra]))
-    settings = read_json(files.path / "adapter_config.json")
+    if files.is_multimodal or (files.path / NON_LORA_FILE).is_file():
+        weights |= read_non_lora(files.path)
+    settings = adapter_settings(files.path)
     merge_lora(weights, read_weights(files.weights), settings, str(files.path), dtype)
+
+
+def read_non_lora(folder: Path) -> dict[str, Tensor]:
+    """What a LoRA run trained beside its adapter, under LLaVA's names. ValueError where it is
+    missing: the base may hold another projector, which would fit and be wrong."""
+    file = folder / NON_LORA_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder}: {NON_LORA_FILE} is missing, and with it the trained projector")
+    return adapter_names(read_weights([file]))
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. ValueError for values that cannot be meant."""
+    file = folder / "adapter_config.json"
+    settings = read_json(file)
+    check_types(settings, {BASE_KEY: _TEXT, "lora_alpha": (int, float)}, str(file))
+    return settings
 
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
@@ -201,12 +277,24 @@ def merge_lora(
         weights[name] = merged.to(dtype or old.dtype)
 
 
+# Ways of starting an adapter that also change the weights it lies over, which no file here holds.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
 def _plain_lora(settings: Mapping[str, Any], where: str) -> None:
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{where}: peft_type {settings['peft_type']!r}; accepted: 'LORA'")
     for key in ("use_dora", "fan_in_fan_out", "alpha_pattern"):
         if settings.get(key):
             raise ValueError(f"{where}: {key} is {settings[key]!r}; only plain LoRA can be merged")
-    if settings.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{where}: peft_type {settings['peft_type']!r}; accepted: 'LORA'")
+    start = settings.get("init_lora_weights")
+    if str(start).lower().startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights is {start!r}, which changes the base too; convert the "
+            "adapter to plain LoRA with peft first"
+        )
+    if settings.get("lora_alpha") is None:
+        raise ValueError(f"{where}: adapter_config.json has no lora_alpha")
 
 
 # ----------------------------------------------------------------------------- projector and tower
@@ -222,10 +310,16 @@ def _check_projector(folder: Path, parts: Parts) -> None:
     )
 
 
+_USUAL = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+
+
 def _add_tower(folder: Path, parts: Parts, vision_tower: str | Path | None) -> None:
     """Settle the tower's structure and weights: the given one, else the checkpoint's own, else the
     one that the config names."""
     config, weights = parts.config, parts.weights
+    for key, usual in _USUAL.items():
+        if config.get(key) is None:
+            config[key] = usual
     name = str(vision_tower or config["mm_vision_tower"])
     inside = any(key.startswith(TOWER_PREFIX) for key in weights)
     if vision_tower is None and inside:
@@ -243,11 +337,23 @@ def _add_tower(folder: Path, parts: Parts, vision_tower: str | Path | None) -> N
         weights |= {TOWER_PREFIX + key: value for key, value in own.items()}
         config["mm_vision_config"] = structure
         parts.tower = Choice(name, "flag" if vision_tower else "config.json, mm_vision_tower")
+    _check_layer(folder, config)
     width = config["mm_vision_config"].get("hidden_size")
     if config.setdefault("mm_hidden_size", width) != width:
         raise ValueError(
             f"{folder}: the vision tower {name} has features of width {width}, the projector takes "
             f"{config['mm_hidden_size']} (mm_hidden_size)"
+        )
+
+
+def _check_layer(folder: Path, config: Mapping[str, Any]) -> None:
+    """ValueError unless the tower has the layer whose output is read."""
+    layers = config["mm_vision_config"].get("num_hidden_layers")
+    select = config["mm_vision_select_layer"]
+    if isinstance(layers, int) and not -layers - 1 <= select <= layers:
+        raise ValueError(
+            f"{folder}: mm_vision_select_layer is {select}; the tower has the layers {-layers - 1} "
+            f"to {layers}"
         )
 
 
@@ -257,10 +363,16 @@ def _leave_out_layers(config: dict[str, Any], weights: Mapping[str, Tensor]) -> 
     matches = [pattern.match(key) for key in weights]
     have = 1 + max((int(match[1]) for match in matches if match), default=-1)
     structure = config["mm_vision_config"]
-    layers, select = structure.get("num_hidden_layers"), config.get("mm_vision_select_layer", -2)
+    layers, select = structure.get("num_hidden_layers"), config["mm_vision_select_layer"]
     if layers and select < -1 and have == layers + 1 + select:
         config["mm_vision_config"] = {**structure, "num_hidden_layers": have}
         config["mm_vision_select_layer"] = -1
+
+
+def empty_model(family: Any, config: Any, where: str) -> Any:
+    """A model on the meta device. ValueError where config.json (`where`) describes none."""
+    with described_by(where), torch.device("meta"):
+        return family(config)
 
 
 def check_weights(weights: Mapping[str, Tensor], model: Any, where: str) -> list[str]:

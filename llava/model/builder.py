@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from llava.constants import (
 )
 from llava.conversation import resolve_conv_mode
 from llava.mm_utils import ASPECT_RATIOS, crop_side
-from llava.model.assemble import Parts, assemble, check_weights
+from llava.model.assemble import Parts, assemble, check_types, check_weights, empty_model
 from llava.model.checkpoint_layout import read_json, resolve_folder
 from llava.model.choices import Choice, Choices
+from llava.model.hf_config import described_by
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
@@ -177,13 +178,15 @@ def load_checkpoint(
 # -------------------------------------------------------------------------------------- what it is
 def read_config(parts: Parts) -> Any:
     """The config object of assembled parts."""
-    return config_object(parts.config)
+    return config_object(parts.config, str(parts.folders[0] / "config.json"))
 
 
-def config_object(flat: dict[str, Any]) -> Any:
-    """The config object of a flat config with a `model_type` of `FAMILIES`."""
+def config_object(flat: dict[str, Any], where: str = "config.json") -> Any:
+    """The config object of a flat config with a `model_type` of `FAMILIES`. ValueError, with the
+    file's name `where`, for values that describe no model."""
     raw = {key: value for key, value in flat.items() if key != "model_type"}
-    config = FAMILIES[flat["model_type"]][0].from_dict(raw)
+    with described_by(where):
+        config = FAMILIES[flat["model_type"]][0].from_dict(raw)
     config.architectures = None
     return config
 
@@ -254,6 +257,11 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
+    return float_type(dtype)
+
+
+def float_type(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating point dtype, by itself or its name. ValueError for another one."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
@@ -324,8 +332,8 @@ def check_parts(family: Any, config: Any, parts: Parts) -> list[str]:
     """Compare the weights with the model's names and shapes and take away those without a place in
     it, which are returned and logged. ValueError for what is missing or of another shape."""
     folder = parts.folders[0]
-    with torch.device("meta"):
-        unused = check_weights(parts.weights, family(config), str(folder))
+    empty = empty_model(family, config, str(folder / "config.json"))
+    unused = check_weights(parts.weights, empty, str(folder))
     if unused:
         log.warning("%s: weights that have no place in the model: %s", folder, ", ".join(unused))
     for name in unused:
@@ -351,9 +359,9 @@ def load_parts(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
     _leave_files(model, parts.weights)
     if temporary is not None:
         weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
-    settings = parts.folders[0] / "generation_config.json"
-    if settings.is_file():
-        model.generation_config = _generation_config(settings)
+    settings = generation_settings(parts.folders[:1])
+    if settings is not None:
+        model.generation_config = GenerationConfig.from_dict(settings)
     return model
 
 
@@ -367,14 +375,23 @@ def _leave_files(model: Any, weights: dict[str, torch.Tensor]) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _generation_config(file: Path) -> GenerationConfig:
-    """The folder's generation settings, without sampling settings that contradict greedy decoding
-    (Vicuna ships such a file, which transformers refuses to save)."""
+_GENERATION_FILE = "generation_config.json"
+_TOKEN = (int, list)
+_GENERATION = {"eos_token_id": _TOKEN, "bos_token_id": _TOKEN, "pad_token_id": _TOKEN}
+
+
+def generation_settings(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """generation_config.json of the first folder that has one, without sampling settings that
+    contradict greedy decoding (Vicuna ships such a file, which transformers refuses to save)."""
+    file = next((path for folder in folders if (path := folder / _GENERATION_FILE).is_file()), None)
+    if file is None:
+        return None
     values = read_json(file)
+    check_types(values, _GENERATION, str(file))
     if not values.get("do_sample"):
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             values.pop(name, None)
-    return GenerationConfig.from_dict(values)
+    return values
 
 
 # -------------------------------------------------------------------------- tokenizer and processor
@@ -405,7 +422,9 @@ def image_processor_of(model: Any, parts: Parts) -> Any:
         return None
     settings = _processor_settings(parts.folders)
     if settings is not None:
-        tower.image_processor = tower.processor_class().from_dict(settings)
+        file, values = settings
+        with described_by(str(file)):
+            tower.image_processor = tower.processor_class().from_dict(values)
     elif parts.processor is not None:
         tower.image_processor = parts.processor
     made, wanted = crop_side(tower.image_processor), tower.config.image_size
@@ -423,16 +442,20 @@ _PROCESSOR_KEYS = (
 )  # fmt: skip
 
 
-def _processor_settings(folders: tuple[Path, ...]) -> dict[str, Any] | None:
-    """Settings of the checkpoint's image processor: `preprocessor_config.json`, or the part of
-    `processor_config.json` where transformers 5 keeps them. Tiling is LLaVA's own here."""
+def _processor_settings(folders: tuple[Path, ...]) -> tuple[Path, dict[str, Any]] | None:
+    """(file, settings) of the checkpoint's image processor: `preprocessor_config.json`, or the part
+    of `processor_config.json` where transformers 5 keeps them. Tiling is LLaVA's own here."""
     for folder in folders:
         file, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
         values = read_json(file) if file.is_file() else None
         if values is None and nested.is_file():
-            values = read_json(nested).get("image_processor")
+            whole, file = read_json(nested), nested
+            check_types(whole, {"image_processor": (dict,)}, str(file))
+            values = whole.get("image_processor")
         if values:
-            return {key: values[key] for key in _PROCESSOR_KEYS if values.get(key) is not None}
+            check_types(values, {"image_mean": (list,), "image_std": (list,)}, str(file))
+            known = {key: values.get(key) for key in _PROCESSOR_KEYS}
+            return file, {key: value for key, value in known.items() if value is not None}
     return None
 
 

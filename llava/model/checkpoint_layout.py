@@ -89,6 +89,8 @@ class CheckpointFiles:
 def inspect_checkpoint(path: str | Path) -> CheckpointFiles:
     """Recognise a local folder. ValueError, by name, for what is missing or not known."""
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path} is no checkpoint but a file; give the folder of one")
     if not folder.is_dir():
         raise ValueError(f"{path} is no checkpoint: there is no such folder")
     config = read_json(folder / "config.json", f"{folder} is no checkpoint")
@@ -159,6 +161,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no weight_map")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    odd = [name for name in names.values() if not str(name).endswith(suffix)]
+    if odd:
+        raise ValueError(f"{index} names {odd[0]!r}; accepted: names of {suffix} files")
     outside = [name for name in names.values() if Path(name).name != name]
     if outside:
         raise ValueError(f"{index} names a file outside of its folder: {outside[0]}")
@@ -241,7 +247,11 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is truncated or damaged: {first}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}, not a dict of tensors")
-    other = [str(key) for key, value in found.items() if not isinstance(value, Tensor)]
+    other = [
+        str(key)
+        for key, value in found.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if other:
-        raise ValueError(f"{file} holds entries that are no tensors: {shortened(other)}")
+        raise ValueError(f"{file} holds entries that are no named tensors: {shortened(other)}")
     return dict(found)

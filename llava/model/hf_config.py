@@ -8,7 +8,8 @@ transformers, so each pair is turned around; the order of the list, which breaks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -30,6 +31,7 @@ _STRATEGIES = {
     "clip_vision_model": {"default": "patch", "full": "cls_patch"},
     "siglip_vision_model": {"full": "patch"},
 }
+CARRIED_KEY = "llava"
 # Keys that transformers' nested layout has no place for.
 CARRIED = (
     "conv_mode",
@@ -46,6 +48,18 @@ CARRIED = (
 )
 
 
+@contextmanager
+def described_by(where: str) -> Iterator[None]:
+    """Within the block, which makes a config or an empty model of what config.json (`where`) says,
+    everything that transformers' classes raise over its values becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:  # transformers raises whatever comes of the values
+        last = (str(error).strip().splitlines() or [""])[-1].strip()
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: {kind}{last}") from error
+
+
 def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """LLaVA's flat config (with its `model_type`) of a nested one. where: for messages.
 
@@ -55,10 +69,8 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = raw.get("model_type")
     if kind not in ("llava", "llava_next"):
         raise ValueError(f"{where}: model_type {kind!r} is nested; accepted: llava, llava_next")
-    try:
+    with described_by(where):
         config = CONFIG_MAPPING[kind].from_dict(dict(raw))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is no config of transformers' {kind}: {error}") from error
     text, vision = config.text_config, config.vision_config
     vision_dict = vision_config(vision, where)
     feature = _check_nested(config, where)
@@ -89,7 +101,7 @@ def flatten(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         flat["image_grid_pinpoints"] = [[w, h] for h, w in config.image_grid_pinpoints]
     if raw.get(FASTV_KEY) is not None:
         flat[FASTV_KEY] = raw[FASTV_KEY]
-    carried = raw.get("llava") or {}
+    carried = raw.get(CARRIED_KEY) or {}
     return {**flat, **{key: carried[key] for key in CARRIED if key in carried}}
 
 
@@ -144,11 +156,11 @@ def nest(config: Any, where: str) -> dict[str, Any]:
     if kind == "llava_next":
         pairs = parse_grid_pinpoints(config.image_grid_pinpoints, vision["image_size"])
         nested["image_grid_pinpoints"] = [[h, w] for w, h in pairs]
-    nested["llava"] = {key: own.get(key) for key in CARRIED if own.get(key) is not None}
+    nested[CARRIED_KEY] = {key: own.get(key) for key in CARRIED if own.get(key) is not None}
     if own.get(FASTV_KEY) is not None:
         nested[FASTV_KEY] = own[FASTV_KEY]
-    if kind == "llava_next" and "mm_unpad_rounding" not in nested["llava"]:
-        nested["llava"]["mm_unpad_rounding"] = "llava"
+    if kind == "llava_next" and "mm_unpad_rounding" not in nested[CARRIED_KEY]:
+        nested[CARRIED_KEY]["mm_unpad_rounding"] = "llava"
     return nested
 
 

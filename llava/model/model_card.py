@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava.conversation import resolve_conv_mode
-from llava.model.assemble import flat_config
+from llava.model.assemble import adapter_settings, check_types, flat_config
 from llava.model.checkpoint_layout import BASE_KEY, inspect_checkpoint, read_json
-from llava.reduction.plan import CONFIG_KEY, ReductionPlan
+from llava.reduction.plan import resolve_plan
 from llava.utils import atomic_write, environment, get_logger, user_errors
 
 log = get_logger(__name__)
@@ -47,17 +49,20 @@ def write_card(
     name: str | None = None,
     made_from: str | None = None,
     scores: Sequence[str | Path] = (),
+    known: Sequence[str | Path] = (),
 ) -> bool:
     """Write README.md into a checkpoint's folder; False if there is one that this did not write.
 
     name: of the checkpoint (default: the folder's). made_from: what it was converted from. scores:
-    folders of runs, or their scores.json. ValueError, by name, for a folder that is no checkpoint
-    and for scores that cannot be read.
+    folders of runs, or their scores.json. known: other places of the same weights, which the runs
+    may name. ValueError, by name, for a folder that is no checkpoint and for scores that cannot be
+    read.
     """
     folder = Path(folder)
-    text = card(folder, name or folder.resolve().name, made_from, scores)
+    rows = score_rows(scores, (folder, *known))
+    text = card(folder, name or folder.resolve().name, made_from, rows)
     file = folder / CARD_FILE
-    if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
+    if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         log.warning("%s was not written by llava and stays as it is", file)
         return False
     with atomic_write(file) as out:
@@ -66,13 +71,13 @@ def write_card(
 
 
 def card(
-    folder: Path, name: str, made_from: str | None = None, scores: Sequence[str | Path] = ()
+    folder: Path, name: str, made_from: str | None = None, scores: Sequence[Sequence[str]] = ()
 ) -> str:
-    """The text of the card. Arguments and errors as `write_card`."""
+    """The text of the card. scores: `score_rows`; the rest and errors as for `write_card`."""
     files = inspect_checkpoint(folder)
     config = flat_config(files)
-    summary_file = folder / SUMMARY_FILE
-    summary = read_json(summary_file) if summary_file.is_file() else {}
+    summary = read_summary(folder)
+    plan, planned = _plan_text(config)
     base = _base(folder, summary)
     head = [
         "---",
@@ -81,14 +86,14 @@ def card(
         "- llava",
         "- visual-token-reduction",
     ]
-    if base and not Path(base).is_absolute() and base.count("/") == 1:
+    if base and _is_hub_id(base):
         head.append(f"base_model: {base}")
     mode, origin = resolve_conv_mode(None, SimpleNamespace(**config))
     facts = {
         "files": files.describe(),
         "made from": made_from,
         "base": base,
-        "visual tokens": _plan_text(config),
+        "visual tokens": plan,
         "language model": f"{config['model_type']}, {config.get('num_hidden_layers')} layers, "
         f"width {config.get('hidden_size')}",
         "vision tower": config.get("mm_vision_tower"),
@@ -101,9 +106,11 @@ def card(
         "\n".join([*head, "---", MARK]),
         f"# {name}",
         _table(("", ""), [(key, str(value)) for key, value in facts.items() if value]),
-        "The plan is in config.json and is used unless another one is asked for:",
+        "The plan is in config.json and is used unless another one is asked for:"
+        if planned
+        else "Nothing is dropped unless a plan is asked for:",
         f"```\nllava chat --model-path {shlex.quote(name)} --image-file view.jpg\n"
-        f"llava eval pope --model-path {shlex.quote(name)} --reduction none\n```",
+        f"llava eval pope --model-path {shlex.quote(name)}{' --reduction none' * planned}\n```",
         *_training(summary),
         *_scores(scores),
         *_versions(summary),
@@ -115,26 +122,52 @@ def _base(folder: Path, summary: Mapping[str, Any]) -> str | None:
     """The model that the weights were trained from or lie over."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        return read_json(adapter).get(BASE_KEY)
-    return summary.get("flags", {}).get("model_name_or_path")
+        return adapter_settings(folder).get(BASE_KEY)
+    base = (summary.get("flags") or {}).get("model_name_or_path")
+    return None if base is None else str(base)
 
 
-def _plan_text(config: Mapping[str, Any]) -> str:
-    if CONFIG_KEY not in config:
-        return "config.json names no plan"
-    if not config[CONFIG_KEY]:
-        return "all of them in all layers (plan `none`)"
-    text = str(ReductionPlan.from_dict(config[CONFIG_KEY]))
-    return (
-        f"`{text}`" if len(text) <= _LONGEST else f"`{text[:_LONGEST]} ...`, whole in config.json"
-    )
+def _is_hub_id(base: str) -> bool:
+    """Whether a base is a repository of the hub, which a card's head may name, and no folder."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None and not Path(base).exists()
+
+
+def _plan_text(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """(the plan that holds where no flag names one, whether config.json names it)."""
+    plan, origin = resolve_plan(None, SimpleNamespace(**config))
+    if origin == "default":
+        return "config.json names no plan", False
+    text = str(plan)
+    if not plan:
+        return "all of them in all layers (plan `none`)", True
+    short = len(text) <= _LONGEST
+    return f"`{text}`" if short else f"`{text[:_LONGEST]} ...`, whole in config.json", True
+
+
+_SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
+    "flags": (dict,),
+    "environment": (dict,),
+    "trained_parameters": (dict,),
+    "train_loss": (int, float),
+}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """train_summary.json of a checkpoint; empty where training wrote none. ValueError, by name, for
+    a file that it did not write."""
+    file = folder / SUMMARY_FILE
+    if not file.is_file():
+        return {}
+    summary = read_json(file)
+    check_types(summary, _SUMMARY_TYPES, str(file))
+    return summary
 
 
 def _training(summary: Mapping[str, Any]) -> list[str]:
     if not summary:
         return []
     hours = next((key for key in ("gpu_hours", "process_hours") if key in summary), None)
-    parts = summary.get("trained_parameters", {})
+    parts = summary.get("trained_parameters") or {}
     loss = summary.get("train_loss")
     facts = {
         "trained": ", ".join(f"{part} {count:,}" for part, count in parts.items() if count),
@@ -146,7 +179,7 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
         (hours or "hours").replace("_", " "): None if hours is None else summary[hours],
         "seed": summary.get("seed"),
     }
-    flags = summary.get("flags", {})
+    flags = summary.get("flags") or {}
     rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
     out = ["## Training", _table(("", ""), rows)]
     if flags:
@@ -162,25 +195,53 @@ def _words(value: Any) -> str:
     return shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))
 
 
-def _scores(files: Sequence[str | Path]) -> list[str]:
-    if not files:
-        return []
+SCORE_HEAD = ("set", "plan", "metric", "value", "95 % interval", "questions")
+
+
+def score_rows(
+    files: Sequence[str | Path], checkpoints: Sequence[str | Path] = ()
+) -> list[tuple[str, ...]]:
+    """Lines under `SCORE_HEAD`, one a run. files: folders of runs, or their scores.json.
+    checkpoints: where the weights may lie that the card is about; a run that names others says
+    whose it is, in its line and in a warning. ValueError, by name, for what is no scores file."""
+    own = {Path(each).expanduser().resolve() for each in checkpoints}
     rows = []
     for file in files:
         path = Path(file) / "scores.json" if Path(file).is_dir() else Path(file)
-        found = read_json(path)
-        try:
-            interval = f"{found['low']:.2f} to {found['high']:.2f}"
-            value, metric, count = f"{found['value']:.2f}", found["metric"], str(found["n"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path} holds no scores as `llava score` writes them") from None
+        value, low, high, metric, count = _headline(path)
         beside = path.with_name("run.json")
         run = read_json(beside) if beside.is_file() else {}
-        name = run.get("benchmark") or (path.stem if path.stem != "scores" else path.parent.name)
-        plan = run.get("plan", "?")
-        rows.append((name, f"`{plan}`", metric, value, interval, count))
-    head = ("set", "plan", "metric", "value", "95 % interval", "questions")
-    return ["## Scores", _table(head, rows)]
+        usual = path.stem if path.stem != "scores" else path.parent.name
+        name = str(run.get("benchmark") or usual)
+        model = run.get("model_path")
+        there = Path(str(model)).expanduser().resolve()
+        if own and model and there not in own and there.name not in {each.name for each in own}:
+            log.warning("%s are the scores of %s", path, model)
+            name += f" (answers of {there.name})"
+        plan = f"`{run['plan']}`" if run.get("plan") else "?"
+        rows.append((name, plan, metric, value, f"{low} to {high}", count))
+    return rows
+
+
+def _headline(path: Path) -> tuple[str, str, str, str, str]:
+    """(value, low, high, metric, questions) of a scores.json. ValueError for another file."""
+    found = read_json(path)
+    metric, count = found.get("metric"), found.get("n")
+    numbers = [found.get(key) for key in ("value", "low", "high")]
+    if (
+        not isinstance(metric, str)
+        or type(count) is not int
+        or not all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+    ):
+        raise ValueError(f"{path} holds no scores as `llava score` writes them")
+    value, low, high = (f"{number:.2f}" for number in numbers)
+    missing = found.get("n_missing")
+    questions = f"{count} ({missing} without an answer)" if missing else str(count)
+    return value, low, high, metric, questions
+
+
+def _scores(rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["## Scores", _table(SCORE_HEAD, rows)] if rows else []
 
 
 def _versions(summary: Mapping[str, Any]) -> list[str]:

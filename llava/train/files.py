@@ -44,8 +44,8 @@ def saving(what: str, output_dir: str) -> Iterator[None]:
         yield
     except SavingFailed:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in WRITER):
+    except Exception as error:
+        if not _of_a_writer(error):
             raise
         reason = describe_error(error)[:200]
         folder = Path(output_dir)
@@ -55,6 +55,13 @@ def saving(what: str, output_dir: str) -> Iterator[None]:
             f"{what} could not be written to {output_dir} ({reason}; {free / 1e9:.2f} GB available)"
             f"; checkpoints as they were: {', '.join(kept) or 'none'}"
         ) from error
+
+
+def _of_a_writer(error: Exception) -> bool:
+    """Whether an error says that a file could not be written. tokenizers raises bare Exceptions."""
+    if isinstance(error, RuntimeError):
+        return any(text in str(error) for text in WRITER)
+    return isinstance(error, (OSError, SafetensorError)) or type(error) is Exception
 
 
 @contextlib.contextmanager

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import resource
+import runpy
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,39 +27,49 @@ from miniatures import (
     write_projector_only,
 )
 from places import ROOT
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from llava.model.convert import convert, extract_projector
 from llava.model.model_card import MARK, main, write_card
+from llava.utils import get_logger
 
 SCORES = {"metric": "f1", "value": 85.123, "low": 83.0, "high": 87.0, "n": 90}
 
 
-def run(script: str, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A script as a command line runs it, in this process: (exit code, what it wrote to stderr)."""
+
+    def call(script: str, *words: object) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        except SystemExit as ended:
+            return ended.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return call
 
 
-def test_lora_weights_are_merged_by_llavas_script(tmp_path):
+def test_lora_weights_are_merged_by_llavas_script(tmp_path, run):
     base = write_base(tmp_path / "a")
     reference = write_lora(tmp_path / "b", base, old_peft=True)
     words = ["--model-path", tmp_path / "b", "--model-base", tmp_path / "a"]
-    done = run("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
+    code, said = run("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "whole")
+    assert code == 0, said
     with torch.no_grad():
         merged = load(tmp_path / "whole", dtype=None).model
         equal(merged(**inputs(False)).logits, reference(**inputs(False)).logits, 2e-5)
-    again = run("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "whole")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
-    assert "Traceback" not in again.stderr
+    code, said = run("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "whole")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "exists already" in said
     (tmp_path / "b" / "non_lora_trainables.bin").unlink()
-    lacking = run("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "other")
-    assert lacking.returncode == 2
-    assert "missing: model.mm_projector.0.bias" in lacking.stderr
+    code, said = run("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "other")
+    assert code == 2
+    assert "non_lora_trainables.bin is missing" in said
     assert not (tmp_path / "other").exists()
 
 
@@ -84,19 +98,151 @@ def test_the_projector_is_taken_out_of_every_kind_of_folder(kind, tmp_path):
     )
 
 
-def test_the_script_names_what_has_no_projector(tmp_path):
+def test_the_script_names_what_has_no_projector(tmp_path, run):
     write_base(tmp_path / "a")
     out = tmp_path / "mm_projector.bin"
-    done = run("extract_mm_projector.py", "--model-path", tmp_path / "a", "--output", out)
-    assert done.returncode == 2
-    assert "holds no projector" in done.stderr
+    code, said = run("extract_mm_projector.py", "--model-path", tmp_path / "a", "--output", out)
+    assert code == 2
+    assert "holds no projector" in said
     assert not out.exists()
 
 
-def scored(folder: Path) -> Path:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.fixture
+def full_disk():
+    """Files of more than so many bytes cannot be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda room: resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("room", [100, 20_000, 60_000])
+def test_a_disk_without_room(room, tmp_path, full_disk):
+    """Config, tokenizer and weights, each in its writer's own words: one line, nothing half done,
+    nothing else touched."""
+    write_original(tmp_path / "x", "pyramiddrop")  # its tower is inside: no progress bar is written
+    before = contents(tmp_path)
+    full_disk(room)
+    for to in ("hf", "llava"):
+        with pytest.raises(OSError, match=r"y could not be written \(.*File too large") as found:
+            convert(tmp_path / "x", tmp_path / "y", to)
+        assert ".tmp" not in str(found.value)
+    if room == 100:
+        with pytest.raises(OSError, match="File too large") as found:
+            extract_projector(tmp_path / "x", tmp_path / "p.bin")
+        assert found.value.filename == str(tmp_path / "p.bin")
+    full_disk(resource.RLIM_INFINITY)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("x", {}, "x exists already"),
+        ("link", {}, "link exists already"),
+        ("file", {}, "file exists already"),
+        ("file/y", {}, "Not a directory"),
+        ("y", {"max_shard_size": "0GB"}, "shard size '0GB'; accepted: a number with KB"),
+        ("y", {"max_shard_size": "5"}, "shard size '5'"),
+        ("y", {"dtype": "int8"}, "dtype 'int8' is not accepted; give"),
+        ("y", {"scores": ["nothing"]}, "nothing is missing"),
+        ("y", {"vision_tower": "/nowhere/clip"}, "/nowhere/clip"),
+    ],
+)
+def test_what_is_asked_is_looked_at_before_the_weights(target, options, message, tmp_path):
+    """The weights are damaged, and yet the complaint is about the flag."""
+    write_original(tmp_path / "x", "v1.5-7b")
+    if target != "file/y" and "vision_tower" not in options:
+        for file in (tmp_path / "x").glob("*.bin"):
+            file.write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        convert(tmp_path / "x", tmp_path / target, "hf", **options)
+    assert contents(tmp_path) == before
+
+
+def test_more_than_the_disk_holds_is_refused_before_writing(tmp_path, monkeypatch):
+    write_original(tmp_path / "x", "v1.5-7b")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10_000))
+    with pytest.raises(ValueError, match=r"deep/y needs 0\.2 MB; .* has 0\.0 MB left"):
+        convert(tmp_path / "x", tmp_path / "deep" / "y", "hf")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("b/mm_projector.bin", "is a file of the checkpoint itself"),
+        ("b/config.json", "is a file of the checkpoint itself"),
+        ("link/mm_projector.bin", "is a file of the checkpoint itself"),
+        ("b", "Is a directory"),
+        ("b/config.json/p.bin", "Not a directory"),
+        ("p.safetensors", "is written as LLaVA's mm_projector.bin"),
+    ],
+)
+def test_extracting_overwrites_nothing_that_it_reads(target, message, tmp_path):
+    write_projector_only(tmp_path / "b", write_base(tmp_path / "a"))
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    before = contents(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        extract_projector(tmp_path / "b", tmp_path / target)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "llava"])
+def test_weights_in_the_dtype_that_is_asked_for(to, tmp_path):
+    """Shards keep to their size in that dtype; both ways of loading take it for the model's."""
+    write_original(tmp_path / "x", "v1.6-vicuna-7b")  # float16
+    convert(tmp_path / "x", tmp_path / "y z é", to, dtype="float32", max_shard_size="100KB")
+    files = sorted((tmp_path / "y z é").glob("*.safetensors"))
+    assert len(files) > 3
+    sizes = [sum(value.nbytes for value in load_file(file).values()) for file in files]
+    assert all(size <= 100_000 for size in sizes[:-1])
+    index = json.loads((tmp_path / "y z é" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert {v.dtype for file in files for v in load_file(file).values()} == {torch.float32}
+    loaded = load(tmp_path / "y z é")
+    assert (loaded.choices.dtype.value, loaded.choices.dtype.origin) == (
+        torch.float32,
+        "config.json",
+    )
+    with torch.no_grad():
+        expected = load(tmp_path / "x", dtype=torch.float32).model(**inputs(True)).logits
+        equal(loaded.model(**inputs(True)).logits[..., : expected.shape[-1]], expected)
+    if to == "hf":
+        theirs = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "y z é", dtype="auto")
+        assert {value.dtype for value in theirs.parameters()} == {torch.float32}
+
+
+def test_generation_settings_are_kept_and_can_be_saved_again(tmp_path):
+    """Vicuna's file names sampling settings without sampling, which transformers does not save."""
+    write_original(tmp_path / "x", "v1.5-7b")
+    write_json(tmp_path / "x" / "generation_config.json", {
+        "eos_token_id": [2, 7], "temperature": 0.9, "top_p": 0.6, "max_length": 99,
+    })  # fmt: skip
+    convert(tmp_path / "x", tmp_path / "hf", "hf")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "again")
+    kept = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert kept == {"eos_token_id": [2, 7], "max_length": 99}
+
+
+def scored(folder: Path, **run: str) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / "scores.json", SCORES)
-    write_json(folder / "run.json", {"benchmark": "pope", "plan": "fastv:k=2,r=0.5"})
+    write_json(folder / "run.json", {"benchmark": "pope", "plan": "fastv:k=2,r=0.5", **run})
     return folder
 
 
@@ -153,6 +299,51 @@ def test_a_card_of_somebody_else_stays(tmp_path, capsys):
     assert MARK in text
     assert "names no plan" in text
     assert "Written with" in text
-    (tmp_path / "bad.json").write_text(json.dumps({"value": 1}))
-    with pytest.raises(ValueError, match=r"bad\.json holds no scores"):
-        write_card(tmp_path / "x", scores=[tmp_path / "bad.json"])
+    for change in ({"value": "1"}, {"low": float("nan")}, {"n": None}, {"metric": 3}):
+        (tmp_path / "bad.json").write_text(json.dumps({**SCORES, **change}))
+        with pytest.raises(ValueError, match=r"bad\.json holds no scores"):
+            write_card(tmp_path / "x", scores=[tmp_path / "bad.json"])
+    assert (tmp_path / "x" / "README.md").read_text() == text
+
+
+def test_scores_of_another_model_say_so(tmp_path, caplog):
+    """A card never shows them as its own; a checkpoint that was moved or converted is the same."""
+    log = get_logger("llava")
+    log.propagate = True
+    write_original(tmp_path / "x", "v1.5-7b")
+    other = scored(tmp_path / "one", model_path="/models/llava-v1.6")
+    own = [
+        scored(tmp_path / "two", model_path=str(tmp_path / "x")),
+        scored(tmp_path / "three", model_path="/elsewhere/x"),
+    ]
+    try:
+        write_card(tmp_path / "x", scores=[other, *own])
+    finally:
+        log.propagate = False
+    text = (tmp_path / "x" / "README.md").read_text()
+    assert text.count("| pope | `fastv:k=2,r=0.5` | f1 | 85.12 |") == 2
+    assert "| pope (answers of llava-v1.6) | `fastv:k=2,r=0.5` | f1 |" in text
+    assert "are the scores of /models/llava-v1.6" in caplog.text
+    convert(tmp_path / "x", tmp_path / "hf", "hf", scores=own)
+    assert "answers of" not in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"visual_token_reduction": "fastv:k=2,r=0.5"}, "`fastv:k=2,r=0.5`"),
+        ({"visual_token_reduction": {"cuts": []}}, "all of them in all layers"),
+        ({"fastv_config": {"fastv_k": 2, "fastv_r": 0.5}}, "`fastv:k=2,r=0.5`"),
+        ({}, "config.json names no plan"),
+    ],
+)
+def test_the_card_names_the_plan_that_is_used(config, said, tmp_path):
+    write_original(tmp_path / "x", "v1.5-7b", **config)
+    write_json(tmp_path / "x" / "train_summary.json", {"flags": {"model_name_or_path": "./base"}})
+    assert write_card(tmp_path / "x")
+    text = (tmp_path / "x" / "README.md").read_text()
+    assert f"| visual tokens | {said} |" in text or f"{said} (plan `none`) |" in text
+    assert ("The plan is in config.json" in text) is bool(config)
+    assert "base_model:" not in text  # a folder is no repository of the hub
+    used = load(tmp_path / "x").choices.plan.value
+    assert (str(used) in said) or not used

@@ -28,6 +28,8 @@ from miniatures import (
 from safetensors.torch import load_file, save_file
 
 from llava.model.builder import load_checkpoint
+from llava.model.convert import convert
+from llava.model.convert import main as convert_main
 
 
 @pytest.fixture
@@ -209,14 +211,44 @@ def test_adapters_and_bases(tmp_path):
     write_original(tmp_path / "x", "v1.5-7b")
     with pytest.raises(ValueError, match="is a full checkpoint; model_base"):
         load(tmp_path / "x", tmp_path / "a")
-    # The base of another size: its shapes do not fit.
+    # The base of another size, and a config.json that says nothing of its weights' size.
     write_original(tmp_path / "y", "v1.6-34b")
+    with pytest.raises(ValueError, match=r"trained over a model with hidden_size 32; .* has 16"):
+        load(tmp_path / "b", tmp_path / "y")
+    edit(tmp_path / "y", **{key: TEXT[key] for key in ("hidden_size", "num_key_value_heads")})
     with pytest.raises(ValueError, match=r"LoRA of model\.layers\.0\..* the base has"):
         load(tmp_path / "b", tmp_path / "y")
+    # Other heads, or another family: weights of the same shapes, and another model.
+    for change, named in (
+        ({"num_attention_heads": 8}, "num_attention_heads 4; .* has 8"),
+        ({"model_type": "mistral"}, "model_type 'llava_llama'; .* has 'llava_mistral'"),
+    ):
+        kept = (tmp_path / "a" / "config.json").read_bytes()
+        edit(tmp_path / "a", **change)
+        for adapter in ("b", "c"):
+            with pytest.raises(ValueError, match=named):
+                load(tmp_path / adapter, tmp_path / "a")
+        (tmp_path / "a" / "config.json").write_bytes(kept)
     settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    write_json(tmp_path / "b" / "adapter_config.json", {**settings, "use_dora": True})
-    with pytest.raises(ValueError, match="use_dora is True"):
-        load(tmp_path / "b", tmp_path / "a")
+    for change, named in (
+        ({"use_dora": True}, "use_dora is True"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; accepted: 'LORA'"),
+        ({"lora_alpha": None}, "has no lora_alpha"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'; accepted: int or float"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3; accepted: str"),
+    ):
+        write_json(tmp_path / "b" / "adapter_config.json", {**settings, **change})
+        with pytest.raises(ValueError, match=named):
+            load(tmp_path / "b", tmp_path / "a")
+    write_json(tmp_path / "b" / "adapter_config.json", settings)
+    # A base that is a LLaVA model has a projector that would fit, and be the wrong one.
+    extra = tmp_path / "b" / "non_lora_trainables.bin"
+    kept = extra.read_bytes()
+    extra.unlink()
+    with pytest.raises(ValueError, match=r"non_lora_trainables\.bin is missing"):
+        load(tmp_path / "b", tmp_path / "x")
+    extra.write_bytes(kept)
     (tmp_path / "b" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
         load(tmp_path / "b", tmp_path / "a")
@@ -235,10 +267,105 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         load_checkpoint("liuhaotian/llava-v1.5-7b", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One checkpoint for all cases that change no file but config.json."""
+    folder = tmp_path_factory.mktemp("whole") / "x"
+    write_original(folder, "v1.5-7b")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "32"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": 0}, "ZeroDivisionError"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"vocab_size": None}, "'vocab_size' expected int"),
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"rope_scaling": {"type": "foo"}}, "foo"),
+        ({"architectures": 3}, "architectures is 3; accepted: list"),
+        ({"torch_dtype": "foo"}, "foo"),
+        ({"torch_dtype": 3}, "torch_dtype is 3; accepted: str"),
+        ({"mm_vision_tower": ["a"]}, r"mm_vision_tower is \['a'\]; accepted: str"),
+        ({"mm_vision_config": [1]}, r"mm_vision_config is \[1\]; accepted: dict"),
+        ({"mm_projector_type": 3}, "mm_projector_type is 3; accepted: str"),
+        ({"mm_projector_type": "mlp"}, "mm_projector_type 'mlp' is unknown; accepted: linear"),
+        ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer is '-2'; accepted: int"),
+        ({"mm_vision_select_layer": 9}, "is 9; the tower has the layers -4 to 3"),
+        ({"mm_use_im_start_end": "False"}, "is 'False'; accepted: bool"),
+        ({"image_aspect_ratio": ["pad"]}, "image_aspect_ratio .*accepted: str"),
+        ({"tokenizer_model_max_length": "2048"}, "is '2048'; accepted: int or float"),
+        ({"visual_token_reduction": 3}, "visual_token_reduction is 3; accepted: str or dict"),
+        ({"visual_token_reduction": "fastv:k=9,r=0.5"}, "9"),
+        ({"visual_token_reduction": {"cuts": 3}}, "cuts"),
+    ],
+)
+def test_values_in_config_json_that_describe_no_model(change, message, whole, tmp_path, capsys):
+    """Loading and converting refuse them in one line that names the file; nothing is written."""
+    kept = (whole / "config.json").read_bytes()
+    edit(whole, **change)
+    try:
+        with pytest.raises(ValueError, match=message):
+            load(whole)
+        with pytest.raises(SystemExit) as ended:
+            convert_main([str(whole), str(tmp_path / "y"), "--to", "hf"])
+    finally:
+        (whole / "config.json").write_bytes(kept)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (ended.value.code, len(lines)) == (2, 1)
+    assert str(whole) in lines[0] or "visual_token_reduction" in change
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("generation_config.json", "[]", "generation_config.json holds a JSON list"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'; accepted: int"),
+        ("preprocessor_config.json", '{"size": "x"}', "preprocessor_config.json: .*size"),
+        ("preprocessor_config.json", '{"image_mean": "x"}', "image_mean is 'x'; accepted: list"),
+        ("processor_config.json", '{"image_processor": 3}', "image_processor is 3; accepted: dict"),
+        ("train_summary.json", '{"flags": []}', r"train_summary.json: flags is \[\]"),
+    ],
+)
+def test_files_beside_the_weights(file, text, message, whole, tmp_path):
+    kept = (whole / file).read_bytes() if (whole / file).is_file() else None
+    (whole / file).write_text(text)
+    try:
+        with pytest.raises(ValueError, match=message):
+            convert(whole, tmp_path / "y", "hf")
+        if file != "train_summary.json":
+            with pytest.raises(ValueError, match=message):
+                load(whole)
+    finally:
+        (whole / file).unlink() if kept is None else (whole / file).write_bytes(kept)
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [3, "", "..", "config.json", "nope.safetensors", "a/b.safetensors"]
+)
+def test_an_index_with_names_that_cannot_be_meant(name, tensors):
+    write_json(tensors / "model.safetensors.index.json", {"weight_map": {"a": name}})
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        load(tensors)
+
+
+def test_names_that_are_no_text(bins):
+    file = bins / "pytorch_model-00001-of-00002.bin"
+    torch.save({**torch.load(file), 3: torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="no named tensors: 3"):
+        load(bins)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ({"text_config": 3}, "text_config is 3; accepted: dict"),
+        ({"llava": 3}, "llava is 3; accepted: dict"),
+        ({"image_token_index": "x"}, r"config.json: .*'image_token_index' expected int"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
         ({"model_type": "video_llava"}, "'video_llava' is nested"),
