@@ -157,6 +157,30 @@ def test_what_is_kept_is_what_autograd_keeps(files, flags):
     assert 0 < kept.again < kept.saved / 2
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_checkpointing_leaves_a_frozen_tower_alone(files, trained):
+    """Layers are computed again for the backward pass in a tower that is trained, and there alone;
+    the projector gets the same gradient as without checkpointing."""
+    asked = read_command(words(files, unfreeze_mm_vision_tower=trained), 1)
+    sample, runs, gradients = Sample(text=5, pictures=1, visual=4), [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build_model(asked)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls = []
+        tower = dict(model.get_vision_tower().named_modules())
+        layer = next(tower[name] for name in tower if name.endswith("layers.0.mlp.fc1"))
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        batch = {**batch_of(model, sample, 2), "images": torch.randn(2, 3, 28, 28).sign()}
+        model(**batch, logits_to_keep="targets").loss.backward()
+        runs.append(len(calls))
+        gradients.append(model.get_model().mm_projector[0].weight.grad)
+    assert runs == [1, 1 + trained]
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
 def test_ranks_share_what_their_engine_shares(files):
     def zero(stage, **more):
         return json.dumps({"zero_optimization": {"stage": stage, **more}})

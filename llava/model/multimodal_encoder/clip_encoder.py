@@ -102,11 +102,18 @@ class CLIPVisionTower(nn.Module):
         self._adopt(tower)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [T, 3, H, W] -> features [T, P, C] in the dtype of the images."""
+        """images [T, 3, H, W] -> features [T, P, C] in the dtype of the images.
+
+        Without a graph where nothing wants a gradient: under checkpointing transformers makes the
+        first embeddings ask for one, and a frozen tower would keep all its layers' inputs, be
+        computed twice and run through backwards for nothing.
+        """
         pixels = images.to(dtype=self.dtype)
         if self.device.type != "meta":  # offloaded weights come to the pixels (accelerate's hooks)
             pixels = pixels.to(self.device)
-        outputs = self.vision_tower(pixels, output_hidden_states=True)
+        wanted = pixels.requires_grad or any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+            outputs = self.vision_tower(pixels, output_hidden_states=True)
         features = outputs.hidden_states[self.select_layer]
         if self.select_feature == "patch":
             features = features[:, self.class_tokens :]
