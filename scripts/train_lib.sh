@@ -136,7 +136,7 @@ starter() {
   case $LAUNCHER in
     srun)
       export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-      export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+      export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
       export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}  # not handed on
       # A rank that fails takes the others with it, but not before they are done with saving.
       export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=${SLURM_WAIT:-120}

@@ -191,6 +191,11 @@ def _check_steps(training: TrainingArguments) -> None:
         )
     if not training.prediction_loss_only:
         raise ValueError("--prediction_loss_only False: validation computes the loss only")
+    if training.save_on_each_node:
+        raise ValueError(
+            "--save_on_each_node True is not offered: a run goes on from what all machines see; "
+            "give an --output_dir on a disk that they share (accepted: False)"
+        )
     validates = training.do_eval or _word(training.eval_strategy) != "no"
     if training.probe_samples and not training.probe_steps and not validates:
         raise ValueError(

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from llava.train.ranks import from_all_ranks
 from llava.train.saving import plain_name, whole
+from llava.utils import get_logger
+
+logger = get_logger(__name__)
 
 FROZEN_FILE = "frozen.json"
 
@@ -100,12 +103,22 @@ def _hash(tensor: Tensor) -> dict[str, str]:
     return found
 
 
-def check_frozen(model: nn.Module, checkpoint: Path) -> dict[str, dict[str, str]] | None:
+def check_frozen(
+    model: nn.Module, checkpoint: Path, *, universal: bool = False
+) -> dict[str, dict[str, str]] | None:
     """`hashes` of a model into which `checkpoint` has been loaded, None where that has no file of
-    them; all ranks call it. ValueError, on all of them, when the frozen weights are others."""
+    them; all ranks call it. ValueError, on all of them, when the frozen weights are others.
+    universal: it was read in DeepSpeed's universal form, which under ZeRO-3 has no frozen weights,
+    so without the file nothing is known of them; a warning says so."""
     file = checkpoint / FROZEN_FILE
     then = from_all_ranks(json.loads(file.read_text("utf-8")) if file.is_file() else None)[0]
     if then is None:
+        if universal and frozen_names(model):
+            logger.warning(
+                "%s has no %s: give the base that it was trained over, which cannot be checked",
+                checkpoint,
+                FROZEN_FILE,
+            )
         return None
     now = hashes(model)
     odd = sorted(name for name in then.keys() | now.keys() if not _same(then, now, name))

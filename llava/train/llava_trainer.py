@@ -88,6 +88,8 @@ class LLaVATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.dual_speed = dual_speed
         self.checkpoints_go_to: Path | None = None
+        self.shares_disk = True
+        """Whether this rank sees rank 0's --output_dir."""
         self.resume = resume
         self.frozen: dict[str, Any] | None = None
         """Hashes of the frozen weights, once they are known."""
@@ -318,7 +320,8 @@ class LLaVATrainer(Trainer):
         home, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.checkpoints_go_to = home / STAGING
         written = self.checkpoints_go_to / name
-        if self.is_local_process_zero():
+        tidies = self.is_local_process_zero() and not self.shares_disk
+        if tidies or self.is_world_process_zero():
             remove_leftovers(home)
         self.accelerator.wait_for_everyone()
         try:
@@ -332,12 +335,12 @@ class LLaVATrainer(Trainer):
         finally:
             self.checkpoints_go_to = None
         self._name_best_checkpoint(written, home / name)
-        # Where nodes share no disk, each keeps its ranks' part.
-        for mine in (self.is_world_process_zero(), self.is_local_process_zero()):
-            self.accelerator.wait_for_everyone()
-            if mine and written.exists():
-                publish(written, home / name)
-                shutil.rmtree(home / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Where machines share no disk, each keeps its part. On a shared one nobody but rank 0 looks
+        # for the folder: network file systems go on showing it when it has got its name.
+        if self.is_world_process_zero() or (tidies and written.exists()):
+            publish(written, home / name)
+            shutil.rmtree(home / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             best = self.state.best_model_checkpoint
@@ -385,7 +388,7 @@ class LLaVATrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             if is_universal(self.args):
                 restore_groups(self.optimizer, self.lr_scheduler, self.decays)
-        self.frozen = check_frozen(self.model, folder)
+        self.frozen = check_frozen(self.model, folder, universal=is_universal(self.args))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -18,11 +18,10 @@ A file holds ``{"id", "image": path or [paths] (optional), "conversations": [{"f
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,14 +251,18 @@ def cache_folder(named: str | os.PathLike[str] | None = None) -> Path:
     return Path(config.HF_DATASETS_CACHE) / "llava"
 
 
-@contextlib.contextmanager
-def one_at_a_time(target: Path) -> Iterator[None]:
-    """Within the block no other process of this machine is in one for `target`."""
+def made_once(target: Path, make: Callable[[], None]) -> None:
+    """Call `make`, which writes the file `target` whole or not at all, unless it is there: in one
+    process, while the others (of this machine, where locks are kept to it) wait. What is there is
+    taken without a lock, so a folder that was filled before may be read-only."""
     from filelock import FileLock
 
+    if target.is_file():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        yield
+        if not target.is_file():
+            make()
 
 
 class _Table:
@@ -287,10 +290,12 @@ class _Table:
         from datasets import Dataset
 
         arrow = folder / f"{FORMAT}-{content[:32]}.arrow"
-        with one_at_a_time(arrow):
-            if not arrow.is_file():
-                logger.info("%s: written once as %s", path, arrow)
-                _write_arrow(arrow, read_rows(path))
+
+        def write() -> None:
+            logger.info("%s: written once as %s", path, arrow)
+            _write_arrow(arrow, read_rows(path))
+
+        made_once(arrow, write)
         try:
             table = Dataset.from_file(str(arrow))
         except pyarrow.ArrowInvalid as error:

@@ -14,12 +14,14 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava.train.fsdp import STATE_FOLDER
+from llava.train.ranks import from_all_ranks, while_others_wait
 from llava.train.saving import remove_leftovers
 from llava.utils import get_logger
 
@@ -33,10 +35,34 @@ def checkpoint_to_resume(args: Any) -> str | None:
     """The folder to resume from, made ready for this run: the flag's, else the last whole
     checkpoint of the output folder, else None. Every rank calls it.
 
-    ValueError for a folder that is incomplete or that this run cannot go on from.
+    ValueError, on every rank, for a folder that is incomplete on one, that not all of them find, or
+    that this run cannot go on from.
     """
     if args.local_process_index == 0:
         remove_leftovers(Path(args.output_dir))
+    folder, fault = None, ""
+    try:
+        folder = _own_choice(args)
+    except ValueError as error:
+        fault = str(error)
+    found = from_all_ranks((folder and folder.name, fault))
+    for name, problem in found:
+        if problem:
+            raise ValueError(problem)
+        if name != found[0][0]:
+            raise ValueError(
+                f"rank 0 goes on from {found[0][0]}, another rank finds {name}: --output_dir "
+                f"{args.output_dir} has to be on a disk that all machines share"
+            )
+    if folder is None:
+        return None
+    logger.info("going on from %s", folder)
+    fit_engine(folder, args)
+    return str(folder)
+
+
+def _own_choice(args: Any) -> Path | None:
+    """What this rank would go on from. ValueError for a folder that is incomplete."""
     wanted = what_to_resume(args)
     if wanted is False:
         return None
@@ -44,18 +70,11 @@ def checkpoint_to_resume(args: Any) -> str | None:
         folder, fault = Path(wanted), incomplete(Path(wanted))
         if fault:
             raise ValueError(f"--resume_from_checkpoint {wanted}: {fault}")
-    else:
-        found = last_whole(Path(args.output_dir))
-        if found is None:
-            if wanted:
-                raise ValueError(
-                    f"--resume_from_checkpoint True: no whole checkpoint in {args.output_dir}"
-                )
-            return None
-        folder = found
-    logger.info("going on from %s", folder)
-    fit_engine(folder, args)
-    return str(folder)
+        return folder
+    found = last_whole(Path(args.output_dir))
+    if found is None and wanted:
+        raise ValueError(f"--resume_from_checkpoint True: no whole checkpoint in {args.output_dir}")
+    return found
 
 
 def what_to_resume(args: Any) -> str | bool | None:
@@ -111,16 +130,14 @@ def fit_engine(folder: Path, args: Any) -> None:
     if ranks == args.world_size:
         return
     logger.info("%s was written by %d ranks, here are %d", folder, ranks, args.world_size)
-    if args.process_index == 0:
-        make_universal(shards)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+    while_others_wait(partial(make_universal, shards), args.device)
+    args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
 
 
 def is_universal(args: Any) -> bool:
     """Whether the run reads a universal checkpoint."""
-    return bool(args.deepspeed) and "checkpoint" in args.hf_deepspeed_config.config
+    settings = args.hf_deepspeed_config.config if args.deepspeed else {}
+    return bool(settings.get("checkpoint", {}).get("load_universal"))
 
 
 def make_universal(shards: Path) -> None:

@@ -174,7 +174,7 @@ def in_own_groups(loader: DataLoader) -> DataLoader:
 
 def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
     os.setpgid(0, 0)
-    for caught in STOP_SIGNALS:
-        signal.signal(caught, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loader ends its workers with it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # some schedulers signal every process there is
     if start is not None:
         start(number)

@@ -21,7 +21,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from llava.train.dataset import LazySupervisedDataset
-from llava.train.records import cache_folder, one_at_a_time
+from llava.train.records import cache_folder, made_once
 from llava.utils import atomic_write, get_logger, json_sha256, progress
 
 logger = get_logger(__name__)
@@ -79,11 +79,13 @@ def count_tokens(
     ValueError that names it (pictures are not opened for this, see `ImageReader.sizes`).
     """
     target = cache_folder(cache_dir) / f"{FORMAT}-{_fingerprint(dataset)[:32]}.npy"
-    with one_at_a_time(target):
-        if not target.is_file():
-            counts = _count(dataset, workers)
-            with atomic_write(target, "wb") as file:
-                np.save(file, counts)
+
+    def write() -> None:
+        counts = _count(dataset, workers)
+        with atomic_write(target, "wb") as file:
+            np.save(file, counts)
+
+    made_once(target, write)
     return np.load(target, mmap_mode="r")
 
 

@@ -42,7 +42,7 @@ from llava.train.files import check_checkpoint, reading, saving
 from llava.train.flag_checks import check_environment, check_launcher
 from llava.train.llava_trainer import LLaVATrainer, data_seed
 from llava.train.preprocess import training_template
-from llava.train.ranks import wait_at_most
+from llava.train.ranks import agreed, sees_rank_0, wait_at_most
 from llava.train.records import Records, parse_sources
 from llava.train.rehearsal import rehearse
 from llava.train.resume import checkpoint_to_resume
@@ -222,6 +222,14 @@ def train(
         "data_seed": training_args.data_seed,
         "environment": environment(),
     }
+    agreed(facts_in_common(trainer, facts))
+    trainer.shares_disk = sees_rank_0(Path(training_args.output_dir))
+    if not trainer.shares_disk and training_args.local_process_index == 0:
+        logger.warning(
+            "this machine does not see rank 0's --output_dir %s: each keeps a part of a "
+            "checkpoint, and no run can go on from it",
+            training_args.output_dir,
+        )
     if training_args.save_rehearsal:
         rehearse(trainer, facts)
     trainer.add_callback(TellFacts(trainer, told(trainer, model_args, data_args, facts)))
@@ -243,6 +251,26 @@ def train(
         "compare": compared,
         **facts,
     }
+
+
+BATCHES = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "max_steps", "num_train_epochs", "save_steps", "eval_steps", "logging_steps", "probe_steps",
+)  # fmt: skip
+"""Flags that say when ranks meet."""
+
+
+def facts_in_common(trainer: LLaVATrainer, facts: dict[str, Any]) -> dict[str, Any]:
+    """What every rank has to find the same: on several machines each reads its own command and, it
+    may be, its own copy of the data. Lengths: with anyres they follow from the pictures."""
+    names = ("data_hash", "samples", "seed", "data_seed", "plan", "trained_parameters")
+    common = {name: facts[name] for name in names}
+    validation, lengths = trainer.eval_dataset, trainer.train_dataset.token_lengths
+    if validation is not None:
+        common["hash of the validation data"] = validation.records.data_hash
+    if lengths is not None:
+        common["tokens"] = int(lengths.sum(dtype="int64"))
+    return common | {f"--{name}": getattr(trainer.args, name) for name in BATCHES}
 
 
 def told(

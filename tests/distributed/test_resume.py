@@ -123,7 +123,7 @@ def engine_weights(checkpoint: Path) -> set[str]:
 def test_frozen_weights_come_from_the_base(start: Path, ranks: Ranks, tmp_path: Path) -> None:
     """ZeRO-3 with LoRA. A checkpoint as they were written before holds the base, so its run goes on
     over another one; those that it writes then do not, so theirs goes on over its own alone. Two
-    ranks, then one."""
+    ranks, then one, then two."""
     need_deepspeed()
     lora = {**CASES["zero3"], **LORA, **RUN, "lora_dropout": 0.0}
     flags = recipe(start, {**lora, "max_steps": 6, "save_total_limit": 3})
@@ -149,10 +149,32 @@ def test_frozen_weights_come_from_the_base(start: Path, ranks: Ranks, tmp_path: 
     assert changed in held_as_frozen(run / "checkpoint-4")
     ranks.run(command(**{**flags, **middle}, output_dir=tmp_path / "one rank"), ranks=1)
     assert losses(tmp_path / "one rank") == pytest.approx(losses(whole), abs=1e-5)
-    last = command(**{**other, **middle}, output_dir=tmp_path / "last")
-    assert ranks.codes(last, ranks=1) == [2, 0]
-    assert "trained over other frozen weights: 1 of" in ranks.logs()[0]
-    assert f"e.g. {changed}" in ranks.logs()[0]
+    up = {"resume_from_checkpoint": tmp_path / "one rank" / "checkpoint-6", "max_steps": 8}
+    last = command(**{**other, **up}, output_dir=tmp_path / "last")
+    assert ranks.codes(last) == [2, 2]
+    assert "was written by 1 ranks, here are 2" in ranks.logs()[0]
+    for log in ranks.logs():
+        assert "trained over other frozen weights: 1 of" in log
+        assert f"e.g. {changed}" in log
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_disk(start: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Each keeps its part of a checkpoint. The first alone could go on from it, so none does."""
+    machines = [tmp_path / name for name in ("first", "second")]
+    for machine in machines:
+        machine.mkdir()
+    flags = recipe(start, {**RUN, "max_steps": 2})
+    codes = ranks.codes(command(**flags, output_dir="run"), machines=machines)
+    assert codes == [0, 0], ranks.logs()
+    assert "this machine does not see rank 0's --output_dir run" in ranks.logs()[1]
+    first, second = (machine / "run" / "checkpoint-2" for machine in machines)
+    assert {"optimizer.pt", "rng_state_0.pth"} < {file.name for file in first.iterdir()}
+    assert [file.name for file in second.iterdir()] == ["rng_state_1.pth"]
+    again = command(**{**flags, "max_steps": 4}, output_dir="run")
+    assert ranks.codes(again, machines=machines) == [2, 2]
+    for log in ranks.logs():
+        assert "rank 0 goes on from checkpoint-2, another rank finds None" in log
 
 
 @pytest.mark.slow

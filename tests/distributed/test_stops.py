@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from two_ranks import Ranks, command, losses, need_deepspeed, recipe, weights
+from two_ranks import ROOT, Ranks, command, losses, need_deepspeed, recipe, weights
 
 from llava.train.safety import EXIT_NOT_FINITE, EXIT_PREEMPTED
 
@@ -37,7 +37,8 @@ def test_a_signal_to_one_rank_saves_on_both_and_the_run_goes_on(
     flags = flags_of(start, engine)
     ranks.run(command(**flags, output_dir=tmp_path / "whole"))
     stopped = command(**flags, output_dir=tmp_path / "run")
-    codes = ranks.codes(stopped, kill={"step": 3, "where": "signal", "rank": 1})
+    signalled = {"step": 3, "where": "signal", "rank": 1}
+    codes = ranks.codes(stopped, kill=signalled, machines=(ROOT, ROOT))  # on two with one disk
     assert codes == [EXIT_PREEMPTED] * 2, ranks.logs()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
     ranks.run([*stopped, "--probe_samples", "2", "--probe_steps", "2"])

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,19 @@ class Ranks:
         )  # fmt: skip
 
     def codes(
-        self, arguments: list[str], kill: dict[str, Any] | None = None, ranks: int = RANKS
+        self,
+        arguments: list[str],
+        kill: dict[str, Any] | None = None,
+        ranks: int = RANKS,
+        machines: Sequence[Path] = (),
     ) -> list[int]:
         """Run a command on both ranks, or on one; the exit codes. Behind the first that fails
-        the other has five seconds."""
+        the other has five seconds. machines: folders in which the ranks run, each as the only one
+        of its machine."""
         base, self.jobs = self.folder / f"job-{self.jobs}", self.jobs + 1
         port = free_port()
         job = {"command": arguments, "port": port, "kill": kill, "ranks": ranks}
+        job["machines"] = [str(machine) for machine in machines]
         draft = base.with_suffix(".draft")
         draft.write_text(json.dumps(job))
         draft.rename(base.with_suffix(".json"))

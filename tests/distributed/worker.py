@@ -4,7 +4,7 @@ Started once by torch.distributed.run, because importing everything costs more t
 job is a forked child with a process group of its own, so it may be killed, and the next one starts
 from nothing. ``worker.py FOLDER``: job-N.json there is a job,
 
-    {"command": [...], "port": n, "ranks": n, "kill": null or {"step": n, "where": "saving"}}
+    {"command": [...], "port": n, "ranks": n, "machines": [], "kill": null or {"step": n, ...}}
 
 What goes wrong may also be a signal to one rank, a rank that hangs, or a layer of one rank that is
 not finite. A rank that ends well has given --ddp_timeout to every process group there is.
@@ -94,6 +94,9 @@ def run(job: dict[str, Any], log: Path) -> int:
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ["MASTER_PORT"] = str(job["port"])
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(job["ranks"])
+    if job["machines"]:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.chdir(job["machines"][int(RANK)])
     if job["kill"]:
         go_wrong_at(**job["kill"])
     try:

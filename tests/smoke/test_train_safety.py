@@ -125,8 +125,8 @@ def test_nan_guard_names_the_first_bad_tensor_and_the_samples(
 def test_a_signal_saves_stops_and_resumes_as_if_nothing_had_happened(
     files: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to the whole process group, as Slurm sends it; twice. The data worker is alive then:
-    it still has batches to hand over."""
+    """SIGUSR1 to the data worker itself, which is alive: it still has batches to hand over. Then
+    SIGTERM to the whole process group, as Slurm sends it; twice."""
     flags = start(
         files, tmp_path / "run", max_steps=8, save_strategy="no", dataloader_num_workers=1,
         per_device_train_batch_size=1,
@@ -154,6 +154,8 @@ def test_a_signal_saves_stops_and_resumes_as_if_nothing_had_happened(
     for line in run.stdout:
         if line.startswith("step 3"):
             break
+    (worker,) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGUSR1)
     os.killpg(run.pid, signal.SIGTERM)
     time.sleep(0.1)
     os.killpg(run.pid, signal.SIGTERM)

@@ -245,6 +245,7 @@ def test_gpu_only_flags_are_turned_off_without_one(tmp_path):
         (["--max_steps", "0"], "max_steps 0; accepted: 1 or more, or -1"),
         (["--num_train_epochs", "0"], "nothing to do"),
         (["--label_smoothing_factor", "0.1"], "plain cross-entropy"),
+        (["--save_on_each_node", "True"], "on a disk that they share"),
         (["--prediction_loss_only", "False"], "computes the loss only"),
         (["--image_aspect_ratio", "round"], "image_aspect_ratio round; accepted: square, pad"),
         (["--mm_patch_merge_type", "heap"], "mm_patch_merge_type heap; accepted: flat"),

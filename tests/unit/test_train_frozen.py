@@ -59,7 +59,18 @@ def test_every_bit_of_a_frozen_weight_counts_and_no_trained_one(tmp_path: Path) 
     weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0))
     with pytest.raises(ValueError, match=r"2 of 3 are not those of this run, e.g. base.weight;"):
         check_frozen(model, tmp_path)
-    assert check_frozen(model, tmp_path / "from before") is None
+
+
+def test_a_checkpoint_from_before_says_nothing_of_its_base(tmp_path: Path, caplog) -> None:
+    model = half_frozen()
+    with caplog.at_level("WARNING", "llava"):
+        assert check_frozen(model, tmp_path) is None  # it holds them itself
+        assert not caplog.records
+        assert check_frozen(model, tmp_path, universal=True) is None
+        assert "cannot be checked" in caplog.text
+        caplog.clear()
+        check_frozen(model.requires_grad_(True), tmp_path, universal=True)
+    assert not caplog.records
 
 
 def test_a_frozen_weight_may_be_held_in_half_where_its_rounding_is_the_same(tmp_path: Path) -> None:
