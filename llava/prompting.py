@@ -123,14 +123,17 @@ def _dialogue(turns: Sequence[Turn]) -> list[str]:
 
 
 def tokenize_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """Ids of a prompt with one -200 a picture and exactly one BOS, where the tokenizer has one.
+    """Ids of a prompt with one -200 a picture and exactly one BOS, where the tokenizer has one."""
+    return tokenizer_image_token(without_bos(prompt, tokenizer), tokenizer)
 
-    A Llama-3 chat template writes the BOS into the text, and the tokenizer adds another.
-    """
+
+def without_bos(prompt: str, tokenizer: Any) -> str:
+    """The prompt without the BOS that a Llama-3 template writes into the text, if the tokenizer
+    puts one in front by itself."""
     bos = getattr(tokenizer, "bos_token", None)
     if bos and prompt.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        prompt = prompt[len(bos) :]
-    return tokenizer_image_token(prompt, tokenizer)
+        return prompt[len(bos) :]
+    return prompt
 
 
 def prepare_batch(

@@ -39,22 +39,26 @@ NAMED = 20
 # ----------------------------------------------------------------------------- what is needed
 def survey(records: Records) -> tuple[dict[str, None], dict[str, int]]:
     """The picture paths of a JSON, in order, and its samples by the first folder of their (first)
-    picture, "" for those without one. Raises ValueError for a path that is absolute or climbs out
-    of the data folder."""
+    picture, "" for those without one. Raises ValueError, naming the sample, for a path that is
+    absolute or climbs out of the data folder, and for what is no path."""
     found: dict[str, None] = {}
     counts: Counter[str] = Counter()
     for index, record in enumerate(records):
-        paths = [PurePosixPath(name) for name in image_names(record)]
-        for path in paths:
-            if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in str(path):
-                where = records.place(index)
-                raise ValueError(
-                    f"{where.name}, sample {where.number}: image path {str(path)!r} leaves the "
-                    "data folder"
-                )
-            found[str(path)] = None
+        try:
+            paths = [PurePosixPath(name) for name in image_names(record)]
+            for path in paths:
+                _check_inside(path)
+        except ValueError as error:
+            where = records.place(index)
+            raise ValueError(f"{where.name}, sample {where.number}: {error}") from error
+        found |= dict.fromkeys(map(str, paths))
         counts[paths[0].parts[0] if paths else ""] += 1
     return found, dict(counts)
+
+
+def _check_inside(path: PurePosixPath) -> None:
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in str(path):
+        raise ValueError(f"image path {str(path)!r} leaves the data folder")
 
 
 class Matcher:

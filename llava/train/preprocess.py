@@ -28,7 +28,7 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import swallows_space, tokenizer_image_token
-from llava.prompting import STAND_IN, side_texts, text_place
+from llava.prompting import STAND_IN, side_texts, text_place, without_bos
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -246,6 +246,9 @@ def encode_segments(tokenizer: Any, pieces: Sequence[Segment]) -> Encoded:
     """
     ids: list[int] = []
     labels: list[int] = []
+    if pieces:
+        first = dataclasses.replace(pieces[0], text=without_bos(pieces[0].text, tokenizer))
+        pieces = [first, *pieces[1:]]
     for n, chunk in enumerate(_split_at_images(pieces)):
         if n:
             ids.append(IMAGE_TOKEN_INDEX)

@@ -170,7 +170,13 @@ def count_words(record: Mapping[str, Any]) -> int:
 
 
 def image_names(record: Mapping[str, Any]) -> list[str]:
-    """The picture files of a record: none, one, or a list. ValueError for anything else."""
+    """The picture files of a record: none, one, or a list. ValueError for anything else, and for a
+    video."""
+    if record.get("video"):
+        raise ValueError(
+            f"has a video ({record['video']!r:.60}); accepted: its frames as a list of pictures in "
+            "'image', each with an <image> mark"
+        )
     names = record.get("image") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
@@ -254,15 +260,27 @@ def cache_folder(named: str | os.PathLike[str] | None = None) -> Path:
 def made_once(target: Path, make: Callable[[], None]) -> None:
     """Call `make`, which writes the file `target` whole or not at all, unless it is there: in one
     process, while the others (of this machine, where locks are kept to it) wait. What is there is
-    taken without a lock, so a folder that was filled before may be read-only."""
+    taken without a lock, so a folder that was filled before may be read-only.
+
+    Raises OSError, naming the flag, for a folder in which the file cannot be made.
+    """
     from filelock import FileLock
 
     if target.is_file():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    lock = FileLock(f"{target}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"{target.parent} cannot be written ({error}): name another folder (--data_cache_dir)"
+        ) from error
+    try:
         if not target.is_file():
             make()
+    finally:
+        lock.release()
 
 
 class _Table:

@@ -26,7 +26,7 @@ from llava.utils import atomic_write, get_logger, json_sha256, progress
 
 logger = get_logger(__name__)
 
-FORMAT = "tokens-v1"
+FORMAT = "tokens-v2"
 MAX_WORKERS = 32
 FEW = 4096
 """Fewer samples than this are counted without workers, which take longer to start."""

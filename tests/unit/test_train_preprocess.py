@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
+from llava.prompting import tokenize_prompt
 from llava.train.preprocess import (
     Segment,
     encode_segments,
@@ -117,7 +118,7 @@ def test_ids_before_an_answer_are_the_inference_prompt(tokenizer, key):
     moved = preprocess_multimodal(TWO_TURNS[:1], 1, version=conv.version)
     asked.append_message(conv.roles[0], moved[0]["value"])
     asked.append_message(conv.roles[1], None)
-    prompt = tokenizer_image_token(asked.get_prompt(), tokenizer)
+    prompt = tokenize_prompt(asked.get_prompt(), tokenizer)
     first = next(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
     assert encoded.input_ids[:first] == prompt
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -246,3 +248,38 @@ def test_a_mapped_file_is_shared_not_copied(tmp_path):
     again = pickle.loads(content)
     assert again[1999] == found[1999]
     assert np.array_equal(again.words, found.words)
+
+
+def test_what_others_wrote_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "a.json", RECORDS), tmp_path / "cache"
+    Records.open(path, cache_dir=cache, small=0)
+    monkeypatch.setattr("filelock.FileLock.acquire", mock.Mock(side_effect=PermissionError("no")))
+    assert Records.open(path, cache_dir=cache, small=0)[4] == RECORDS[4]
+    for folder, reason in ((tmp_path / "new", "no"), (Path(path) / "below", "a.json")):
+        with pytest.raises(OSError, match=rf"cannot be written .*{reason}.*--data_cache_dir"):
+            Records.open(path, cache_dir=folder, small=0)
+
+
+def test_a_changed_file_is_other_data(tmp_path):
+    path, cache = tmp_path / "a.json", tmp_path / "cache"
+    hashes = []
+    for records in (RECORDS, RECORDS[1:]):
+        write(path, records)
+        found = Records.open(path, cache_dir=cache, small=0)
+        assert list(found) == records
+        hashes.append(found.data_hash)
+    assert len(set(hashes)) == len(list(cache.glob("*.arrow"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": ["a.png", 3]}, "a path or a list of paths"),
+        ({"image": [["a.png"]]}, "a path or a list of paths"),
+        ({"image": {"path": "a.png"}}, "a path or a list of paths"),
+        ({"video": "a.mp4"}, "frames as a list of pictures"),
+    ],
+)
+def test_what_names_no_pictures_is_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        module.image_names(record)

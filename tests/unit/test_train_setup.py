@@ -74,8 +74,12 @@ def test_flags_say_what_is_trained(model_flags, training_flags, trained):
         (False, {}, {"unfreeze_mm_vision_tower": True}, "the tower is to be trained"),
         (False, {"mm_tunable_parts": "mm_vision_tower,mm_language_model"}, {}, "the tower is to"),
         (True, {"tune_mm_mlp_adapter": True}, {"unfreeze_mm_vision_tower": True}, "leave out"),
-        (True, {"tune_mm_mlp_adapter": True, "mm_tunable_parts": "mm_language_model"}, {},
-         "leave it out with --mm_tunable_parts"),
+        (
+            True,
+            {"tune_mm_mlp_adapter": True, "mm_tunable_parts": "mm_language_model"},
+            {},
+            "leave it out with --mm_tunable_parts",
+        ),
         (True, {"freeze_backbone": True}, {"freeze_mm_mlp_adapter": True}, "nothing to train"),
     ],
 )
