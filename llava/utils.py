@@ -20,6 +20,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -76,17 +77,30 @@ def _whole_number(name: str) -> int:
     return int(text)
 
 
+class _Lines(logging.Formatter):
+    """``07:01:50 message``; the level stands in front of what is no mere information, the rank in
+    front of what a rank above 0 says, and with ``LLAVA_LOG=debug`` the module."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        words = [self.formatTime(record, "%H:%M:%S")]
+        if rank():
+            words.append(f"[rank {rank()}]")
+        if record.levelno != logging.INFO:
+            words.append(record.levelname)
+        if logging.getLogger("llava").level <= logging.DEBUG:
+            words.append(f"{record.name}:")
+        return " ".join([*words, super().format(record)])
+
+
 def get_logger(name: str) -> logging.Logger:
-    """A logger that writes ``time level name: message`` to stderr; ranks above 0 warn only.
+    """A logger that writes lines to stderr (`_Lines`); ranks above 0 warn only.
 
     ``LLAVA_LOG=debug|info|warning|error`` sets the level (default ``info``).
     """
     root = logging.getLogger("llava")
     if not root.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
-        )
+        handler.setFormatter(_Lines())
         root.addHandler(handler)
         root.propagate = False
         level = os.environ.get("LLAVA_LOG", "info").upper()
@@ -97,7 +111,27 @@ def get_logger(name: str) -> logging.Logger:
     return root if name == "llava" else root.getChild(name.removeprefix("llava."))
 
 
+def warn_once_for_all(logger: logging.Logger, message: str, *args: object) -> None:
+    """A warning that every rank has the same reason for: rank 0 gives it, no other does."""
+    if rank() == 0:
+        logger.warning(message, *args)
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries say over and over and no user can do anything about: torch's word on
+    old names that DeepSpeed and FSDP2 call (a line for every collective of every step), and
+    bitsandbytes' on one kernel for CPUs (when it is imported)."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_hint)
+
+
+def _is_no_kernel_hint(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
+
+
 _quiet = contextvars.ContextVar("quiet", default=False)
+LOG_SECONDS = 30.0
+"""How often a bar is drawn where it goes into a file."""
 
 
 def progress(
@@ -108,14 +142,16 @@ def progress(
     unit: str = "it",
     done: int = 0,
 ) -> Iterable[Item]:
-    """``iterable`` with a bar on stderr: rate and time left. Silent on ranks above 0 and with
-    ``LLAVA_PROGRESS=0``. done: items of ``total`` that an earlier attempt dealt with."""
+    """``iterable`` with a bar on stderr: rate and time left; drawn every half minute where stderr
+    is a file. Silent on ranks above 0 and with ``LLAVA_PROGRESS=0``. done: items of ``total`` that
+    an earlier attempt dealt with."""
     from tqdm import tqdm
 
+    every = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     off = rank() != 0 or _quiet.get() or os.environ.get("LLAVA_PROGRESS", "1") == "0"
     return tqdm(
         iterable, desc=desc, total=total, unit=unit, initial=done, file=sys.stderr, disable=off,
-        dynamic_ncols=True,
+        dynamic_ncols=True, mininterval=every, maxinterval=max(every, 10.0),
     )  # fmt: skip
 
 

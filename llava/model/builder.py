@@ -40,7 +40,7 @@ from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3F
 from llava.model.tokenizers import load_tokenizer
 from llava.reduction.plan import CONFIG_KEY, FASTV_KEY, ReductionPlan, resolve_plan
 from llava.reduction.yopo import plan_from_config
-from llava.utils import get_logger
+from llava.utils import get_logger, quiet_libraries
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llava_llama": (LlavaConfig, LlavaLlamaForCausalLM),
@@ -307,6 +307,7 @@ def quantisation(
 
     ValueError without the package or a device it can use.
     """
+    quiet_libraries()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -34,7 +34,7 @@ from llava.reduction.plan import ReductionPlan, plan_from_flags
 from llava.train import flag_help, legacy_flags
 from llava.train.flag_checks import check_figures, check_flags, read_settings
 from llava.train.fsdp import fsdp_settings
-from llava.utils import get_logger
+from llava.utils import get_logger, warn_once_for_all
 
 logger = get_logger(__name__)
 
@@ -366,7 +366,7 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", self.logging_dir)
         for name, reason in NO_EFFECT.items():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                logger.warning("--%s has no effect: %s", name, reason)
+                warn_once_for_all(logger, "--%s has no effect: %s", name, reason)
         if self.enable_jit_checkpoint:
             logger.info("--enable_jit_checkpoint: every run saves when it gets SIGTERM or SIGUSR1")
             self.enable_jit_checkpoint = False  # its ranks do not agree on the step
@@ -384,7 +384,8 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in off:
             setattr(self, name, None if name == "tf32" else False)
         if off:
-            logger.warning(
+            warn_once_for_all(
+                logger,
                 "no GPU: %s turned off, float32 is used%s",
                 ", ".join(off),
                 " (--use_cpu True keeps bf16 on the CPU)" if "bf16" in off else "",
@@ -431,7 +432,8 @@ def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
     """
     wanted = known_reports(report_to)
     if "wandb" in wanted and not _wandb_ready():
-        logger.warning(
+        warn_once_for_all(
+            logger,
             "wandb is left out: %s",
             "no key found (wandb login, WANDB_API_KEY=... or WANDB_MODE=offline)"
             if importlib.util.find_spec("wandb")
@@ -441,11 +443,11 @@ def usable_reports(report_to: str | Sequence[str] | None) -> list[str]:
     if "tensorboard" in wanted and not (
         importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")
     ):
-        logger.warning("tensorboard is left out: it is not installed")
+        warn_once_for_all(logger, "tensorboard is left out: it is not installed")
         wanted.remove("tensorboard")
     others = set(wanted) - {"wandb", "tensorboard"}
     for name in sorted(others - set(get_available_reporting_integrations())):
-        logger.warning("%s is left out: it is not installed", name)
+        warn_once_for_all(logger, "%s is left out: it is not installed", name)
         wanted.remove(name)
     return wanted
 

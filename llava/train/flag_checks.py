@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.training_args import OptimizerNames
 
-from llava.utils import Ranks, get_logger
+from llava.utils import Ranks, get_logger, warn_once_for_all
 
 if TYPE_CHECKING:
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -266,4 +266,4 @@ def _warn_of_the_lonely(
         for name in names if not asked[key] else ():
             group = next(each for each in (model, data, training) if hasattr(each, name))
             if getattr(group, name) != type(group).__dataclass_fields__[name].default:
-                logger.warning("--%s has no effect without %s", name, partner)
+                warn_once_for_all(logger, "--%s has no effect without %s", name, partner)

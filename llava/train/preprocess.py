@@ -29,7 +29,7 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import swallows_space, tokenizer_image_token
 from llava.prompting import STAND_IN, side_texts, text_place, without_bos
-from llava.utils import get_logger
+from llava.utils import get_logger, warn_once_for_all
 
 logger = get_logger(__name__)
 
@@ -68,8 +68,11 @@ class Encoded:
 def training_template(version: str) -> Conversation:
     """An empty conversation for `--version`; an unknown one means vicuna_v1, as in LLaVA."""
     if version not in conv_templates:
-        logger.warning(
-            "unknown --version %r: using vicuna_v1 (known: %s)", version, ", ".join(conv_templates)
+        warn_once_for_all(
+            logger,
+            "unknown --version %r: using vicuna_v1 (known: %s)",
+            version,
+            ", ".join(conv_templates),
         )
     conv = conv_templates.get(version, conv_templates["vicuna_v1"]).copy()
     conv.messages = []

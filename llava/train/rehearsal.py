@@ -212,8 +212,9 @@ def check_space(trainer: Any) -> None:
     needed = max(needed_bytes(size, planned, existing, args.save_total_limit), size.model)
     free = shutil.disk_usage(folder).free
     logger.info(
-        "%d checkpoint(s) of %s GB, the model %s GB, free %s GB; checkpoints that stay: %s",
-        planned, _gb(size.checkpoint), _gb(size.model), _gb(free), args.save_total_limit or "all",
+        "disk: %s GB free, %s GB needed: %d checkpoint(s) of %s GB (kept: %s), the model of %s GB",
+        _gb(free), _gb(needed), planned, _gb(size.checkpoint), args.save_total_limit or "all",
+        _gb(size.model),
     )  # fmt: skip
     if needed > free:
         raise OSError(

@@ -23,7 +23,7 @@ import torch
 from llava.train.fsdp import STATE_FOLDER
 from llava.train.ranks import from_all_ranks, while_others_wait
 from llava.train.saving import remove_leftovers
-from llava.utils import get_logger
+from llava.utils import get_logger, warn_once_for_all
 
 logger = get_logger(__name__)
 
@@ -93,7 +93,7 @@ def last_whole(folder: Path) -> Path | None:
         fault = incomplete(path)
         if not fault:
             return path
-        logger.warning("%s is left out: %s", path, fault)
+        warn_once_for_all(logger, "%s is left out: %s", path, fault)
     return None
 
 

@@ -59,7 +59,7 @@ from llava.train.dataset import check_max_length
 from llava.train.flag_checks import check_image_tokens, check_stage
 from llava.train.lora import Adapters, add_adapters, halve_frozen, trains
 from llava.train.parts import part_of
-from llava.utils import describe_error, get_logger, set_seed
+from llava.utils import describe_error, get_logger, set_seed, warn_once_for_all
 
 logger = get_logger(__name__)
 
@@ -145,7 +145,7 @@ def load_base(model_args: ModelArguments, partly: bool, **options: Any) -> Any:
     other = asked if stored and asked not in (None, stored) else None
     parts = assemble(files.path, vision_tower=other, merge_dtype=torch.float32)
     if other is not None:
-        logger.warning("the checkpoint's tower %s is replaced by %s", stored, other)
+        warn_once_for_all(logger, "the checkpoint's tower %s is replaced by %s", stored, other)
         parts.config["mm_vision_tower"] = other
     family, config = FAMILIES[parts.config["model_type"]][1], config_object(parts.config)
     keep_checkpoint_settings(model_args, config)

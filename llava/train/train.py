@@ -60,7 +60,7 @@ from llava.train.setup import (
 from llava.train.telemetry import changed_flags, run_figures
 from llava.train.token_counts import count_tokens
 from llava.train.without_plan import run_without_plan
-from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
+from llava.utils import environment, get_logger, json_dump, set_seed, user_errors, warn_once_for_all
 
 logger = get_logger("llava.train.train")
 
@@ -292,6 +292,8 @@ def start_processes(training_args: TrainingArguments) -> None:
         check_launcher()
         import deepspeed
 
+        if device.type == "cpu":
+            logger.info("starting DeepSpeed; its CPU operators are built once, which takes minutes")
         # accelerate does this on GPUs only.
         deepspeed.init_distributed(dist_init_required=not torch.distributed.is_initialized())
     wait_at_most(training_args.ddp_timeout)
@@ -311,7 +313,9 @@ def fit(trainer: LLaVATrainer) -> Any:
             raise
         raise ValueError(text.strip().splitlines()[-1].removeprefix("ValueError: ")) from None
     if trainer.guard.stopping:
-        logger.warning("stopped after step %d; the same command goes on", result.global_step)
+        warn_once_for_all(
+            logger, "stopped after step %d; the same command goes on", result.global_step
+        )
         raise RunStopped(EXIT_PREEMPTED)
     return result
 

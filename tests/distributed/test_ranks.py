@@ -91,6 +91,7 @@ def test_ranks_learn_what_one_process_learns(
         flags["deepspeed"] = with_leaves(tmp_path)
     out = tmp_path / "out"
     ranks.run(command(**recipe(start, flags), output_dir=out))
+    assert "is deprecated" not in "".join(ranks.logs())  # for each collective of each step
     assert losses(out) == pytest.approx(losses(single / name), abs=1e-5)
     found, expected = weights(out), weights(single / name)
     assert found.keys() == expected.keys()

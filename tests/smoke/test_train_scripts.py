@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -400,6 +401,7 @@ def test_a_smoke_run_takes_three_steps(script: str, smoke: dict[str, str]) -> No
                      "MASTER_PORT": str(free_port()), "PATH": path}  # fmt: skip
     result = start(script, **smoke, **variables)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert not re.findall(".*(?:is deprecated|gemm_4bit).*", result.stdout + result.stderr)
     out = Path(smoke["SMOKE_DIR"]) / "out" / script
     summary = json.loads((out / "train_summary.json").read_text())
     assert summary["steps"] == 3

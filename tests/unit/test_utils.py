@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import stat
+import warnings
 from pathlib import Path
 
 import numpy
@@ -140,6 +141,44 @@ def test_loggers_hang_below_one_root() -> None:
     assert utils.get_logger("llava").name == "llava"
     own = [h for h in logging.getLogger("llava").handlers if type(h) is logging.StreamHandler]
     assert len(own) == 1
+
+
+def test_a_line_says_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    (handler,) = [h for h in utils.get_logger("llava").handlers if type(h) is logging.StreamHandler]
+
+    def line(level: int) -> str:
+        record = logging.LogRecord("llava.train.fit", level, "f.py", 1, "step %d", (3,), None)
+        return handler.format(record)[len("07:01:50 ") :]
+
+    assert (line(logging.INFO), line(logging.WARNING)) == ("step 3", "WARNING step 3")
+    monkeypatch.setattr(logging.getLogger("llava"), "level", logging.DEBUG)
+    assert line(logging.INFO) == "llava.train.fit: step 3"
+    monkeypatch.setenv("RANK", "2")
+    assert line(logging.WARNING) == "[rank 2] WARNING llava.train.fit: step 3"
+
+
+def test_what_all_ranks_would_warn_of_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        utils.warn_once_for_all(logging.getLogger("elsewhere"), "rank %s", number)
+    assert caplog.messages == ["rank 0"]
+
+
+def test_what_libraries_repeat_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where something resets the registry of shown warnings, as checkpointing does."""
+    old = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another."
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        utils.quiet_libraries()
+        warnings.warn(old, FutureWarning, stacklevel=1)
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in shown] == ["something else is deprecated"]
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "x")
+    log.warning("something else")
+    assert caplog.messages == ["something else"]
 
 
 def test_progress_passes_items_on() -> None:
