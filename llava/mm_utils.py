@@ -40,6 +40,8 @@ MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 EXTREME_RATIO = 24
 """Longer side over the shorter one from which on a picture is warned of: padded to CLIP-L/336's
 square of 24 x 24 patches it is thinner than one of them."""
+MOST_PIXELS = 2 * 89_478_485
+"""Pixels to which a picture is scaled at most: as many as Pillow opens."""
 MAX_WARNINGS = 10
 
 
@@ -287,7 +289,7 @@ def process_images(
 
     Returns [N, 3, H, W] (`pad`, `square` or none) or [N, T, 3, H, W] (`anyres`); a list of
     [T, 3, H, W] where the numbers of tiles differ. Pictures are converted to RGB.
-    Raises ValueError for an unknown aspect ratio and for an empty list.
+    Raises ValueError for an unknown aspect ratio, for an empty list and as `check_scaled_size`.
     """
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect not in ASPECT_RATIOS:
@@ -304,7 +306,23 @@ def process_images(
         return torch.stack(pixels) if same else pixels
     if aspect == "pad":
         rgb = [_padded(image, image_processor) for image in rgb]
+    for image in rgb:
+        check_scaled_size(image.size, image_processor)
     return image_processor.preprocess(rgb, return_tensors="pt")["pixel_values"]
+
+
+def check_scaled_size(size: Size, processor: Any) -> None:
+    """ValueError for a picture that is too long for CLIP's processor, which scales the shorter side
+    of what is no square and takes the middle of the longer one."""
+    if not getattr(processor, "do_resize", True) or "shortest_edge" not in processor.size:
+        return
+    short, long = sorted(size)
+    pixels = shortest_edge(processor) ** 2 * long // short
+    if pixels > MOST_PIXELS:
+        raise ValueError(
+            f"a picture of {size[0]}x{size[1]} pixels would be scaled to {pixels // 10**6} million "
+            f"(accepted: {MOST_PIXELS // 10**6}); --image_aspect_ratio pad needs no such picture"
+        )
 
 
 def _padded(image: Image.Image, processor: Any) -> Image.Image:

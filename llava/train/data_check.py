@@ -32,8 +32,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from llava.mm_utils import EXTREME_RATIO, check_image_file, opened_image, size_problems
-from llava.model.multimodal_encoder.builder import tower_config, tower_structure
+from llava.mm_utils import (
+    EXTREME_RATIO,
+    check_image_file,
+    check_scaled_size,
+    opened_image,
+    size_problems,
+)
+from llava.model.multimodal_encoder.builder import tower_class, tower_config, tower_structure
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.reduction.plan import ReductionPlan
 from llava.sequence import Group, Layout
@@ -51,6 +57,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif")
 ERRORS = {
     "missing_image": "picture is missing",
     "broken_image": "picture does not decode",
+    "long_image": "picture is too long to be scaled without padding or tiles",
     "image_field": "'image' is neither a path nor a list of paths",
     "image_marks": "<image> marks and pictures differ in number, or a mark stands in an answer",
     "turns": "turns cannot be read",
@@ -98,7 +105,7 @@ class Checker:
         except ValueError as error:
             names, problems = [], [("image_field", str(error))]
         for path in self._paths(index, names):
-            problems += picture_problems(path, self.decode)
+            problems += picture_problems(path, self.decode, self._scaled_by())
         images = None if problems and problems[0][0] == "image_field" else len(names)
         problems += turn_problems(record.get("conversations"), images)
         measured = None
@@ -108,6 +115,13 @@ class Checker:
         ident = json.dumps(record.get("id"), ensure_ascii=False)
         ident = ident.encode(errors="backslashreplace").decode()
         return Finding(ident, tuple(problems), measured, len(names))
+
+    def _scaled_by(self) -> Any:
+        """The processor, where pictures are not padded or tiled before."""
+        reader = self.dataset.reader
+        if reader is None or reader.model_cfg.image_aspect_ratio in ("pad", "anyres"):
+            return None
+        return reader.image_processor
 
     def _paths(self, index: int, names: Sequence[str]) -> list[str]:
         reader = self.dataset.reader
@@ -132,9 +146,12 @@ class Checker:
         return "too_long"
 
 
-def picture_problems(path: str, decode: bool = True) -> list[tuple[str, str]]:
+def picture_problems(
+    path: str, decode: bool = True, scaled_by: Any = None
+) -> list[tuple[str, str]]:
     """What is wrong with a picture file, and what of it training does not take as it looks; a
-    missing one is looked for under other endings. decode: read all its bytes."""
+    missing one is looked for under other endings. decode: read all its bytes. scaled_by: a
+    processor that gets the picture as it is."""
     try:
         check_image_file(path)
     except FileNotFoundError as error:
@@ -145,11 +162,17 @@ def picture_problems(path: str, decode: bool = True) -> list[tuple[str, str]]:
         with open(path, "rb") as file, opened_image(file, path) as picture:
             if decode:
                 picture.load()
-            notes = size_problems(picture.size)
+            size = picture.size
+            notes = size_problems(size)
             with contextlib.suppress(Exception):  # damage where training does not look
                 notes += picture_notes(picture, decode)
     except (ValueError, OSError) as error:
         return [("broken_image", str(error))]
+    try:
+        if scaled_by is not None:
+            check_scaled_size(size, scaled_by)
+    except ValueError as error:
+        return [("long_image", f"{path}: {error}")]
     return [(kind, f"{path} {text}") for kind, text in notes]
 
 
@@ -360,14 +383,16 @@ def picture_settings(args: argparse.Namespace) -> ImageReader:
     without --vision_tower. Pictures are not processed with it. ValueError for a tower that cannot
     be read."""
     name = args.vision_tower or "openai/clip-vit-large-patch14-336"
-    tower = tower_config(tower_structure(name), name)
+    structure = tower_structure(name)
+    tower = tower_config(structure, name)
     side = tower.image_size
     settings = SimpleNamespace(
         image_aspect_ratio=args.image_aspect_ratio,
         mm_patch_merge_type=args.mm_patch_merge_type,
         image_grid_pinpoints=parse_pinpoints(args.image_grid_pinpoints, side),
     )
-    processor = SimpleNamespace(crop_size={"height": side, "width": side})
+    kind = tower_class(structure.get("model_type", "clip_vision_model"), name)
+    processor = kind.default_processor(tower)
     return ImageReader(
         processor, settings, side // tower.patch_size, folder=args.image_folder or ""
     )

@@ -18,12 +18,15 @@ from llava.cli import main
 from llava.mm_utils import load_image
 from llava.reduction import ReductionPlan
 from llava.train.data_check import (
+    Checker,
     build_parser,
     mean_visual_tokens,
     picture_problems,
     picture_settings,
     turn_problems,
 )
+from llava.train.dataset import LazySupervisedDataset
+from llava.train.preprocess import training_template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
 from train_fixtures import write_all  # noqa: E402
@@ -252,6 +255,26 @@ def test_what_is_wrong_with_a_picture_is_said_by_name(tmp_path, monkeypatch):
         assert (found, text) == (kind, str(raised.value))
     ((_, text),) = picture_problems(str(tmp_path / "\u00e9.png"))  # composed in the JSON alone
     assert text.endswith("(there is e\u0301.png)")
+
+
+def test_a_picture_that_is_too_long_to_be_scaled_is_an_error_where_it_is_scaled(tmp_path):
+    """Not padded, its shorter side would become the tower's side: a thousand million pixels."""
+    line = save(Image.new("L", (10000, 1)), tmp_path / "line.png")
+    for aspect, kind, tiles in (("square", "long_image", 0), ("pad", "extreme_image", 1),
+                                ("anyres", "extreme_image", 3)):  # fmt: skip
+        flags = ["--data_path", "x", "--image_aspect_ratio", aspect]
+        reader = picture_settings(build_parser().parse_args(flags))
+        record = {"image": str(line), "conversations": GOOD}
+        data = LazySupervisedDataset([record], None, training_template("v1"), reader=reader)
+        ((found, text),) = Checker(data)(0).problems
+        assert (found, str(line) in text) == (kind, True)
+        pictures = [load_image(line)]
+        if tiles:
+            pixels = mm_utils.process_images(pictures, reader.image_processor, reader.model_cfg)[0]
+            assert pixels.numel() == tiles * 3 * 336**2
+        else:
+            with pytest.raises(ValueError, match="10000x1 pixels would be scaled to 1128 million"):
+                mm_utils.process_images(pictures, reader.image_processor, reader.model_cfg)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
