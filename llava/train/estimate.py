@@ -1,8 +1,8 @@
 """``llava train --estimate``: memory and time of a training command, before it starts.
 
-Special here: one forward pass of the command's model is made without storage, and what autograd
-keeps is added up (`llava.train.estimate_forward`); weights, gradients and optimizer states are
-counted from the parameters that are trained, as the ranks share them
+Special here: one forward and backward pass of the command's model is made without storage, and
+what is alive is added up (`llava.train.estimate_forward`); weights, gradients and optimizer states
+are counted from the parameters that are trained, as the ranks share them
 (`llava.train.estimate_state`). What is not counted is said: the allocator's waste, the libraries'
 own memory, kernels' workspaces.
 
@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava.reduction.flops import TERA
 from llava.reduction.plan import resolve_plan
-from llava.train.arguments import TrainingArguments, parse_args
+from llava.train.arguments import parse_args
+from llava.train.dual_speed import DualSpeed, dual_speed_of
 from llava.train.estimate_forward import (
     Command,
     Sample,
@@ -39,6 +40,7 @@ from llava.train.estimate_forward import (
     batch_of,
     fake_model,
     kept_of,
+    micro_batch,
     samples_of,
 )
 from llava.train.estimate_state import Engine, Row, buffer_bytes, state_rows
@@ -88,32 +90,47 @@ def rate_of(peak_tflops: float | None, mfu: float | None, bench: str | None) -> 
     return Rate(peak_tflops * TERA * mfu, f"{mfu:.0%} of {peak_tflops:g} TFLOP/s", True)
 
 
-def time_of(model: Any, command: Command, sample: Sample, rate: Rate | None) -> dict[str, Any]:
-    """FLOPs of a sample (`BatchCost`), and seconds of a step of all ranks at `rate`."""
-    flags, ranks = command.flags, command.engine.ranks
-    cost = BatchCost.of_model(model, bool(flags.gradient_checkpointing))
-    batch = batch_of(model, sample, 1)
-    work = cost.work(batch["splice"].layout, sample.pictures * sample.tiles)
-    micro = flags.per_device_train_batch_size * int(flags.gradient_accumulation_steps)
-    found: dict[str, Any] = {
-        "samples_a_step": micro * ranks,
-        "tokens_a_sample": work.tokens_in,
-        "computed_tokens_a_sample": work.tokens_computed,
-        "tflops_a_sample": work.flops / TERA,
-        "recomputed_tflops_a_sample": work.again_flops / TERA,
-        "tower_tflops_a_sample": work.tower_flops / TERA,
-    }
-    if rate is not None:
-        rest = 0.0 if rate.of_run else work.again_flops + work.tower_flops
-        found["seconds_a_step"] = micro * (work.flops + rest) / rate.flops
-        found["rate"] = rate.source
-    return found
+def time_of(
+    model: Any,
+    command: Command,
+    sample: Sample,
+    rate: Rate | None,
+    dual: DualSpeed | None = None,
+) -> dict[str, Any]:
+    """FLOPs of a sample (`BatchCost`), and seconds of a step of all ranks at `rate`. dual: the
+    figures are the mean over its steps, those of either kind stand beside it."""
+    cost = BatchCost.of_model(model, command.checkpointing)
+    layout = batch_of(model, sample, 1, dual and dual.plan)["splice"].layout
+    micro = micro_batch(command, sample) * int(command.flags.gradient_accumulation_steps)
+
+    def figures(cost: BatchCost) -> dict[str, float]:
+        work = cost.work(layout, sample.pictures * sample.tiles)
+        found = {
+            "tokens_a_sample": work.tokens_in,
+            "computed_tokens_a_sample": work.tokens_computed,
+            "tflops_a_sample": work.flops / TERA,
+            "recomputed_tflops_a_sample": work.again_flops / TERA,
+            "tower_tflops_a_sample": work.tower_flops / TERA,
+        }
+        if rate is not None:
+            rest = 0.0 if rate.of_run else work.again_flops + work.tower_flops
+            found["seconds_a_step"] = micro * (work.flops + rest) / rate.flops
+        return found
+
+    known: dict[str, Any] = {"samples_a_step": micro * command.engine.ranks}
+    known |= {} if rate is None else {"rate": rate.source}
+    if dual is None:
+        return known | figures(cost)
+    fast, slow = (figures(each.cost(cost, 0)) for each in both_speeds(dual))
+    mean = {key: (1 - dual.share) * fast[key] + dual.share * slow[key] for key in fast}
+    return known | mean | {"slow_share": dual.share, "fast": fast, "slow": slow}
 
 
 # ---------------------------------------------------------------------------------------- report
 @dataclass
 class Estimate:
-    """All figures of a command."""
+    """All figures of a command. batches, slow: what a micro-batch of each of `samples` adds; `slow`
+    in a slow step of two speeds, empty for one."""
 
     engine: str
     ranks: int
@@ -123,19 +140,28 @@ class Estimate:
     checkpointing: bool
     rows: list[Row]
     samples: dict[str, Sample]
+    micro_batch: dict[str, int]
     batches: dict[str, list[Row]]
+    slow: dict[str, list[Row]] = field(default_factory=dict)
     time: dict[str, Any] = field(default_factory=dict)
 
-    def total(self, sample: str) -> Row:
-        """What one rank needs at the start of a backward pass."""
-        rows = [*self.rows, *self.batches[sample]]
+    def total(self, sample: str, slow: bool = False) -> Row:
+        """What one rank needs at the fullest moment of a backward pass."""
+        rows = [*self.rows, *(self.slow if slow else self.batches)[sample]]
         return Row("total", sum(r.device for r in rows), sum(r.host for r in rows))
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` writes, in bytes."""
         found = dataclasses.asdict(self)
-        found["total"] = {name: dataclasses.asdict(self.total(name)) for name in self.batches}
+        for key, batches in (("total", self.batches), ("slow_total", self.slow)):
+            totals = {name: self.total(name, batches is self.slow) for name in batches}
+            found[key] = {name: dataclasses.asdict(row) for name, row in totals.items()}
         return found
+
+
+def both_speeds(dual: DualSpeed) -> tuple[DualSpeed, DualSpeed]:
+    """The same with fast steps alone, and with slow ones alone."""
+    return dataclasses.replace(dual, share=0.0), dataclasses.replace(dual, share=1.0)
 
 
 def estimate(
@@ -144,18 +170,23 @@ def estimate(
     """The figures of a command; see the module's docstring. Samples have `text` tokens of text and,
     where there is a tower, `pictures` pictures."""
     engine, flags = command.engine, command.flags
-    checkpointing = bool(flags.gradient_checkpointing)
+    checkpointing = command.checkpointing
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(command)
+        dual = dual_speed_of(model, command.model, flags)
+        fast, slow = (None, None) if dual is None else both_speeds(dual)
         counts: dict[str, dict[str, int]] = {"all": {}, "trained": {}}
         for name, parameter in model.named_parameters():
             for key in ("all", *(["trained"] if parameter.requires_grad else [])):
                 part = part_of(name)
                 counts[key][part] = counts[key].get(part, 0) + parameter.numel()
         usual, longest = samples_of(model, command, text, pictures)
-        found = time_of(model, command, usual, rate)
+        found = time_of(model, command, usual, rate, dual)
         samples = {"usual": usual, "longest": longest}
-        kept = {name: kept_of(model, command, sample) for name, sample in samples.items()}
+        kept = {name: kept_of(model, command, each, fast) for name, each in samples.items()}
+        slow_kept = {
+            name: kept_of(model, command, each, slow) for name, each in samples.items() if slow
+        }
         rows = state_rows(model, engine, flags, kept["usual"].used)
         rows.append(Row("buffers, about", buffer_bytes(model, engine, checkpointing)))
     return Estimate(
@@ -163,20 +194,23 @@ def estimate(
         ranks=engine.ranks,
         parameters=counts["all"],
         trained=counts["trained"],
-        plan=str(resolve_plan(None, model.config)[0]),
+        plan=str(dual.plan if dual else resolve_plan(None, model.config)[0]),
         checkpointing=checkpointing,
         rows=rows,
         samples=samples,
+        micro_batch={name: micro_batch(command, sample) for name, sample in samples.items()},
         batches={name: activation_rows(each, checkpointing) for name, each in kept.items()},
+        slow={name: activation_rows(each, checkpointing) for name, each in slow_kept.items()},
         time=found,
     )
 
 
-def format_estimate(found: Estimate, flags: TrainingArguments) -> str:
+def format_estimate(found: Estimate) -> str:
     """The table that a terminal shows."""
     trained = ", ".join(f"{part} {count:,}" for part, count in found.trained.items())
     usual, longest = found.samples["usual"], found.samples["longest"]
-    batch = flags.per_device_train_batch_size
+    samples, most = found.micro_batch["usual"], found.micro_batch["longest"]
+    batch = f"{samples}" if samples == most else f"{samples} (of the longest {most})"
     lines = [
         f"{sum(found.parameters.values()):,} parameters; trained: {trained}",
         f"plan: {found.plan}",
@@ -188,21 +222,27 @@ def format_estimate(found: Estimate, flags: TrainingArguments) -> str:
     ]
     for row in found.rows:
         lines.append(_line(row.name, row.device, row.device, row.host))
-    for one, other in zip(found.batches["usual"], found.batches["longest"], strict=True):
-        lines.append(_line(one.name, one.device, other.device, 0))
-    totals = [found.total(name) for name in ("usual", "longest")]
-    lines.append(_line("total", totals[0].device, totals[1].device, totals[0].host))
+    lines += _batch_lines(found, slow=False)
+    if found.slow:
+        lines.append("a slow step, on all tokens and with a teacher, in place of these:")
+        lines += _batch_lines(found, slow=True)
     lines += [
         f"A sample: {usual.visual} visual and {usual.text} text tokens, all text learned; the "
         "second column: every sample as long as --model_max_length.",
         "Not counted: the allocator's waste, workspaces of kernels, the libraries' own memory.",
     ]
-    if flags.dual_speed:
-        lines.append(
-            "--dual_speed: these are fast steps; a slow one runs on all tokens (--reduction none), "
-            "and under the plan once more without a gradient."
-        )
     return "\n".join([*lines, "", *_time_lines(found.time)])
+
+
+def _batch_lines(found: Estimate, slow: bool) -> list[str]:
+    """What a micro-batch adds, and the sum with what is always there."""
+    batches = found.slow if slow else found.batches
+    lines = [
+        _line(one.name, one.device, other.device, 0)
+        for one, other in zip(batches["usual"], batches["longest"], strict=True)
+    ]
+    totals = [found.total(name, slow) for name in ("usual", "longest")]
+    return [*lines, _line("total", totals[0].device, totals[1].device, totals[0].host)]
 
 
 def _line(name: str, usual: int, longest: int, host: int) -> str:
@@ -212,16 +252,28 @@ def _line(name: str, usual: int, longest: int, host: int) -> str:
 
 
 def _time_lines(time: dict[str, Any]) -> list[str]:
+    kinds = {"a sample": time}
+    if "slow" in time:
+        kinds = {
+            "a sample of a fast step": time["fast"],
+            f"of a slow one ({time['slow_share']:.0%})": time["slow"],
+            "on average": time,
+        }
     lines = [
-        f"a sample: {time['tokens_a_sample']:.0f} tokens, {time['computed_tokens_a_sample']:.0f} "
-        f"computed, {time['tflops_a_sample']:.4g} TFLOP (+ {time['recomputed_tflops_a_sample']:.4g}"
-        f" computed again, {time['tower_tflops_a_sample']:.4g} tower and projector)"
+        f"{name}: {each['tokens_a_sample']:.0f} tokens, {each['computed_tokens_a_sample']:.0f} "
+        f"computed, {each['tflops_a_sample']:.4g} TFLOP (+ {each['recomputed_tflops_a_sample']:.4g}"
+        f" computed again, {each['tower_tflops_a_sample']:.4g} tower and projector)"
+        for name, each in kinds.items()
     ]
     if "seconds_a_step" not in time:
         return [*lines, "no time: give --peak_tflops and --mfu, or --bench FILE"]
     seconds, per_step = time["seconds_a_step"], time["samples_a_step"]
+    sides = ""
+    if "slow" in time:
+        fast, slow = (time[kind]["seconds_a_step"] for kind in ("fast", "slow"))
+        sides = f" on average (fast {fast:.3g} s, slow {slow:.3g} s)"
     lines.append(
-        f"a step of {per_step} samples: {seconds:.3g} s at {time['rate']}; "
+        f"a step of {per_step} samples: {seconds:.3g} s{sides} at {time['rate']}; "
         f"{seconds / per_step * 1e6 / 3600:.3g} h for a million samples"
     )
     return lines
@@ -271,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = read_command(rest, ranks)
     rate = rate_of(command.flags.peak_tflops, own.mfu, own.bench)
     found = estimate(command, text=own.text_tokens, pictures=own.pictures, rate=rate)
-    sys.stdout.write(format_estimate(found, command.flags) + "\n")
+    sys.stdout.write(format_estimate(found) + "\n")
     if own.json:
         json_dump(own.json, found.to_dict())
 

@@ -2,9 +2,9 @@
 
 Special here: nothing is predicted from a formula that could be run. The model of the command is
 built as fake tensors (shapes without storage) from its config alone, frozen and given adapters by
-the functions that a run uses, and one step's forward pass is made with them: what autograd keeps
-is added up, layer by layer, with the plan's cuts and the precision of the run. So no weight is
-read, a 7B model takes seconds, and a new family or method needs nothing here.
+the functions that a run uses, and one forward and backward pass is made with them, with the plan's
+cuts, the checkpointing and the precision of the run, while the storages that are alive are added
+up. So no weight is read, a 7B model takes seconds, and a new family or method needs nothing here.
 ``llava train --estimate ...``
 """
 
@@ -12,28 +12,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import count_visual_tokens
 from llava.model.builder import FAMILIES, config_object
 from llava.model.multimodal_encoder.builder import tower_config
-from llava.reduction.plan import resolve_plan
+from llava.reduction.plan import ReductionPlan, resolve_plan
+from llava.sequence import Kind
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
     parse_pinpoints,
 )
-from llava.train.estimate_state import SINGLE, Engine, Row
+from llava.train.dual_speed import DualSpeed
+from llava.train.estimate_state import Engine, Row
 from llava.train.setup import (
     add_lora,
     freeze,
@@ -55,6 +59,12 @@ class Command:
     data: DataArguments
     flags: TrainingArguments
     engine: Engine
+
+    @property
+    def checkpointing(self) -> bool:
+        """Under either of transformers' two names; the new one wins."""
+        new = getattr(self.flags, "activation_checkpointing", None)
+        return bool(self.flags.gradient_checkpointing if new is None else new)
 
 
 def build_model(command: Command) -> Any:
@@ -93,6 +103,12 @@ def build_model(command: Command) -> Any:
     config.tokenizer_model_max_length = flags.model_max_length
     add_lora(model, args, flags)
     freeze(model, args, flags)
+    if command.checkpointing:
+        found = flags.settings()
+        new = found.get("activation_checkpointing_kwargs")
+        old = model.gradient_checkpointing_enable  # the older name, which later versions warn of
+        enable = getattr(model, "activation_checkpointing_enable", old)
+        enable(new or found["gradient_checkpointing_kwargs"])
     return model.train()
 
 
@@ -135,9 +151,14 @@ class Sample:
 
 
 def samples_of(model: Any, command: Command, text: int, pictures: int) -> tuple[Sample, Sample]:
-    """(a sample as asked for, the longest that --model_max_length lets through). ValueError when
-    the pictures alone do not fit."""
-    longest = command.flags.model_max_length
+    """(a sample as asked for, the longest that --model_max_length and --token_budget let through).
+    ValueError when the pictures alone do not fit."""
+    flags = command.flags
+    limits = {"model_max_length": flags.model_max_length}
+    if flags.token_budget:
+        limits["token_budget"] = flags.token_budget
+    limit = min(limits, key=lambda name: limits[name])
+    longest = limits[limit]
     tower = model.get_vision_tower()
     pictures = 0 if tower is None else pictures
     if not pictures:
@@ -152,15 +173,30 @@ def samples_of(model: Any, command: Command, text: int, pictures: int) -> tuple[
     visual = sum(counts)
     if visual >= longest:
         raise ValueError(
-            f"{pictures} picture(s) of {visual} visual tokens do not fit --model_max_length "
-            f"{longest} beside text"
+            f"{pictures} picture(s) of {visual} visual tokens do not fit --{limit} {longest} "
+            "beside text"
         )
     sample = Sample(min(text, longest - visual), pictures, tiles, size, visual)
     return sample, dataclasses.replace(sample, text=longest - visual)
 
 
-def batch_of(model: Any, sample: Sample, count: int) -> dict[str, Any]:
-    """`count` samples as the collator makes them."""
+def micro_batch(command: Command, sample: Sample) -> int:
+    """How many such samples a rank takes at once."""
+    flags = command.flags
+    if flags.token_budget:
+        return max(1, flags.token_budget // sample.tokens)
+    return flags.per_device_train_batch_size
+
+
+def batch_of(
+    model: Any,
+    sample: Sample,
+    count: int,
+    plan: ReductionPlan | None = None,
+    kind: Kind = "right",
+) -> dict[str, Any]:
+    """`count` samples as the collator makes them. plan: the one whose texts they bring, by default
+    that of the model's config."""
     splicer = model.splicer
     ids = np.full((count, sample.pictures + sample.text), 1, dtype=np.int64)
     ids[:, : sample.pictures] = IMAGE_TOKEN_INDEX
@@ -185,83 +221,57 @@ def batch_of(model: Any, sample: Sample, count: int) -> dict[str, Any]:
         made = []
     words = {
         name: np.full((count, 1), 1, dtype=np.int64)
-        for signal in resolve_plan(None, model.config)[0].texts
+        for signal in resolve_plan(plan, model.config)[0].texts
         for name in signal.alternatives
         if name != "all"
     }
-    batch["splice"] = splicer(ids, mask, labels, made, "right", words)
+    batch["splice"] = splicer(ids, mask, labels, made, kind, words)
     return batch
 
 
 # --------------------------------------------------------------------------------- what is kept
-@dataclass
+@dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward pass leaves for the backward pass.
+    """Bytes that one micro-batch takes beside the model and its gradients.
 
-    saved: all that autograd keeps. checkpointed: the same when layers keep their inputs alone;
-    again: what the largest layer keeps while it is computed once more. logits: rows of logits x
-    vocabulary, in bytes of 32-bit numbers. used: id of each parameter that gets a gradient.
+    held: at the start of the backward pass: what the forward pass leaves for it. most: at the
+    fullest moment of both. used: id of each parameter that gets a gradient.
     """
 
-    saved: int = 0
-    checkpointed: int = 0
-    again: int = 0
-    logits: int = 0
-    used: frozenset[int] = frozenset()
+    held: int
+    most: int
+    used: frozenset[int]
 
 
-class _Storages:
-    """Storages, each counted once; those of the model itself never."""
+class _Alive(TorchDispatchMode):
+    """Within the block: bytes of the storages that operations make, each from the operation that
+    makes it until its last tensor is gone. `now`, and the `most` there were at once."""
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        self.known = {_key(tensor) for tensor in known}
-        self.found: dict[int, Any] = {}
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.made: dict[int, Any] = {}
+        self.now = self.most = 0
 
-    def add(self, tensor: Tensor) -> None:
-        key = _key(tensor)
-        if key not in self.known:
-            self.found[key] = tensor.untyped_storage()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
 
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.found.values())
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in self.made:
+            return
 
+        def gone(_: Any) -> None:
+            del self.made[key]
+            self.now -= size
 
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class _Seen:
-    """What hooks on the checkpointed layers and on autograd see of a forward pass."""
-
-    def __init__(self, own: Sequence[Tensor]) -> None:
-        self.own = own
-        self.saved, self.outside, self.inputs = (_Storages(own) for _ in range(3))
-        self.layers: dict[int, _Storages] = {}
-        self.current: list[int] = []
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.current.append(id(module))
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(leaf.requires_grad for leaf in leaves):  # nothing is kept for a frozen tower
-            for leaf in leaves:
-                self.inputs.add(leaf)
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.current.pop()
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        self.saved.add(tensor)
-        where = self.outside
-        if self.current:
-            where = self.layers.setdefault(self.current[-1], _Storages(self.own))
-        where.add(tensor)
-        return tensor
-
-    def kept(self, logits: int, used: frozenset[int]) -> Kept:
-        self.outside.found |= self.inputs.found
-        again = max((layer.bytes for layer in self.layers.values()), default=0)
-        return Kept(self.saved.bytes, self.outside.bytes, again, logits, used)
+        self.made[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def used_parameters(loss: Tensor) -> frozenset[int]:
@@ -280,43 +290,44 @@ def used_parameters(loss: Tensor) -> frozenset[int]:
 
 
 def measure_kept(model: Any, forward: Callable[[], Any]) -> Kept:
-    """What `forward`, a call of the model without checkpointing, leaves behind; for real tensors
-    and for fake ones."""
-    seen = _Seen([*model.parameters(), *model.buffers()])
-    handles: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            handles.append(module.register_forward_pre_hook(seen.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(seen.leave))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(seen.pack, lambda tensor: tensor):
-            output = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen.kept(SINGLE * output.logits.numel(), used_parameters(output.loss))
+    """One forward pass of fake tensors, `forward`, and its backward pass, onto gradients that are
+    there already, as in any micro-batch of a step but its first."""
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    with _Alive([*parameters, *model.buffers(), *gradients]) as alive:
+        loss = forward().loss
+        held, used = alive.now, used_parameters(loss)
+        loss.backward()
+    return Kept(held, alive.most, used)
 
 
-def kept_of(model: Any, command: Command, sample: Sample) -> Kept:
-    """`measure_kept` of one micro-batch in the precision of the command."""
-    count, engine = command.flags.per_device_train_batch_size, command.engine
-    batch = batch_of(model, sample, count)
-    half = torch.float16 if command.flags.fp16 else torch.bfloat16
+def step_of(
+    model: Any, command: Command, sample: Sample, speed: DualSpeed | None = None
+) -> Callable[[], Any]:
+    """The forward pass of one micro-batch, to be called, in the precision of the command. speed:
+    with a share of 0 or 1, what runs a fast or a slow step (`llava.train.dual_speed`)."""
+    flags = command.flags
+    mixes = flags.packed and flags.attn_implementation == "eager"  # scores over the whole pack
+    count, kind = micro_batch(command, sample), "packed" if mixes else "right"
+    batch = batch_of(model, sample, count, None if speed is None else speed.plan, kind)
+    half = torch.float16 if flags.fp16 else torch.bfloat16
 
     def forward() -> Any:
-        with torch.autocast("cpu", dtype=half, enabled=engine.casts_weights):
-            return model(**batch, logits_to_keep="targets")
+        run = partial(model, **batch, logits_to_keep="targets")
+        with torch.autocast("cpu", dtype=half, enabled=command.engine.casts_weights):
+            return run() if speed is None else speed(run, 0)
 
-    return measure_kept(model, forward)
+    return forward
+
+
+def kept_of(model: Any, command: Command, sample: Sample, speed: DualSpeed | None = None) -> Kept:
+    """`measure_kept` of a `step_of`."""
+    return measure_kept(model, step_of(model, command, sample, speed))
 
 
 def activation_rows(kept: Kept, checkpointing: bool) -> list[Row]:
-    """What a micro-batch adds at the start of the backward pass. The gradient of the logits, in 32
-    bit and as it goes on in the layers' precision, is counted with them."""
-    if not checkpointing:
-        return [Row("activations", kept.saved), Row("gradient of the logits", kept.logits)]
-    return [
-        Row("activations (inputs of layers)", kept.checkpointed),
-        Row("one layer computed again", kept.again),
-        Row("gradient of the logits", kept.logits),
-    ]
+    """What a micro-batch adds at its fullest moment."""
+    name = "activations (inputs of layers)" if checkpointing else "activations"
+    return [Row(name, kept.held), Row("backward pass, beyond them", kept.most - kept.held)]

@@ -4,6 +4,7 @@ autograd keeps against its own hooks and against the allocator."""
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
-from transformers import CLIPVisionConfig, TrainerCallback
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "smoke"))
 from test_train import command, pictures  # noqa: E402
 from train_fixtures import write_all  # noqa: E402
 
 from llava.train.arguments import parse_args  # noqa: E402
+from llava.train.dual_speed import dual_speed_of  # noqa: E402
 from llava.train.estimate import estimate, rate_of, read_command, wanted  # noqa: E402
 from llava.train.estimate_forward import (  # noqa: E402
     Sample,
@@ -26,6 +28,7 @@ from llava.train.estimate_forward import (  # noqa: E402
     build_model,
     fake_model,
     kept_of,
+    step_of,
 )
 from llava.train.estimate_state import Row  # noqa: E402
 from llava.train.train import main, make_trainer  # noqa: E402
@@ -51,6 +54,17 @@ def words(files: Path, **flags: object) -> list[str]:
 def rows_of(files: Path, ranks: int = 1, **flags: object) -> dict[str, Row]:
     asked = read_command(words(files, **flags), ranks)
     return {row.name: row for row in estimate(asked, text=10).rows}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose layers and logits are both worth counting; no weight is needed."""
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
 
 
 class Gradients(TrainerCallback):
@@ -100,74 +114,72 @@ def test_state_is_that_of_a_run_to_the_byte(files, base, tmp_path, flags):
     assert found["optimizer"].device == sum(states)
 
 
-def really_kept(asked, sample: Sample, checkpointing: bool) -> tuple[int, int]:
-    """(bytes of what autograd saves, bytes that stay allocated) of a real forward pass."""
+def really_kept(asked, sample: Sample) -> tuple[int, int]:
+    """(bytes that stay allocated between the passes, the most that are allocated) in a real step of
+    the command."""
     torch.manual_seed(0)
     model = build_model(asked)
-    batch = batch_of(model, sample, asked.flags.per_device_train_batch_size)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    seen: dict[int, torch.Tensor] = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(asked.flags.bf16)):
-            return model(**batch, logits_to_keep="targets").loss
-
-    forward().backward()  # gradients are there from now on, and whatever is made once
+    dual = dual_speed_of(model, asked.model, asked.flags)
+    forward = step_of(model, asked, sample, dual)
+    forward().loss.backward()  # gradients are there from now on, and whatever is made once
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        loss = forward()
-        gc.collect()
-    allocated = sum(event.self_cpu_memory_usage for event in trace.key_averages())
-    del loss
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()), allocated
+        loss = forward().loss
+        with record_function("backward pass"):
+            loss.backward()
+    events = list(trace.profiler.kineto_results.events())
+    began = next(event.start_ns() for event in events if event.name() == "backward pass")
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = list(itertools.accumulate(size for _, size in sizes))
+    return live[sum(time < began for time, _ in sizes) - 1], max(live)
+
+
+HALF = {"bf16": True, "use_cpu": True}
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "checkpointing"),
     [
-        {},
-        {**CUTS, "bf16": True, "use_cpu": True},
-        {**CUTS, "attn_implementation": "eager"},
-        {"tune_mm_mlp_adapter": True},
+        ({**CUTS, **HALF}, False),
+        ({**CUTS, **HALF}, True),
+        ({**CUTS, "deepspeed": '{"zero_optimization": {"stage": 1}}', "bf16": True}, True),
+        ({"attn_implementation": "eager", "packed": True}, True),
+        ({"tune_mm_mlp_adapter": True, **HALF}, True),
+        ({"unfreeze_mm_vision_tower": True}, True),
+        ({"lora_enable": True, "lora_r": 4, **HALF}, True),
+        ({**CUTS, "dual_speed": 0.0}, True),
+        ({**CUTS, "dual_speed": 1.0}, False),
+        ({**CUTS, "dual_speed": 1.0, "dual_speed_isolator": 0, **HALF}, True),
     ],
 )
-def test_what_is_kept_is_what_autograd_keeps(files, flags):
-    flags = {**flags, "per_device_train_batch_size": 16}
-    asked = read_command(words(files, model_max_length=64, **flags), 1)
+def test_a_step_takes_what_a_real_one_takes(files, wide, flags, checkpointing):
+    """Between the passes and at the fullest moment; --dual_speed 1: a slow step, 0: a fast one."""
+    base = {"init_from_config": wide}
+    if "lora_enable" in flags:
+        base = {"init_from_config": None, "model_name_or_path": wide}
+    flags = {**base, **flags, "per_device_train_batch_size": 16, "model_max_length": 64}
+    asked = read_command(words(files, **flags, gradient_checkpointing=checkpointing), 1)
     sample = Sample(text=40, pictures=1, visual=4)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        kept = kept_of(fake_model(asked), asked, sample)
-    saved, allocated = really_kept(asked, sample, checkpointing=False)
-    assert kept.saved == saved
-    assert allocated == pytest.approx(saved, rel=0.03)
-    _, allocated = really_kept(asked, sample, checkpointing=True)
-    # Each layer keeps the CPU generator's state besides: 5 kB, on a GPU 16 bytes.
-    assert kept.checkpointed == pytest.approx(allocated, rel=0.1)
-    assert kept.checkpointed < kept.saved
-    assert 0 < kept.again < kept.saved / 2
+        model = fake_model(asked)
+        kept = kept_of(model, asked, sample, dual_speed_of(model, asked.model, asked.flags))
+    # The pictures are there before a real step begins, and the host's table of tokens unless soft
+    # tokens change it. Each layer keeps the CPU generator's state; on a GPU that is 16 bytes.
+    images, table = 16 * 3 * 28 * 28 * 4, 16 * sample.tokens * 9 * 8
+    states = checkpointing * model.config.num_hidden_layers * torch.get_rng_state().nbytes
+    for found, real in zip((kept.held, kept.most), really_kept(asked, sample), strict=True):
+        assert 0.99 * (real - states + images) < found < 1.01 * (real - states + images + table)
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_checkpointing_leaves_a_frozen_tower_alone(files, trained):
     """Layers are computed again for the backward pass in a tower that is trained, and there alone;
     the projector gets the same gradient as without checkpointing."""
-    asked = read_command(words(files, unfreeze_mm_vision_tower=trained), 1)
     sample, runs, gradients = Sample(text=5, pictures=1, visual=4), [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = build_model(asked)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        flags = {"unfreeze_mm_vision_tower": trained, "gradient_checkpointing": checkpointing}
+        model = build_model(read_command(words(files, **flags), 1))
         calls = []
         tower = dict(model.get_vision_tower().named_modules())
         layer = next(tower[name] for name in tower if name.endswith("layers.0.mlp.fc1"))
@@ -263,10 +275,8 @@ def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, 
     assert "24 tokens" in text
     assert "64 tokens" in text
     assert "no time: give --peak_tflops and --mfu" in text
-    assert "--dual_speed" not in text
+    assert "slow" not in text
     assert not (tmp_path / "none").exists()
-    main([*words(files, **CUTS), *asked, "--dual_speed", "0.1"])
-    assert "a slow one runs on all tokens" in capsys.readouterr().out
     rate = rate_of(1e-6, 0.5, None)
     asked = read_command(words(files, **CUTS, per_device_train_batch_size=3), 2)
     found = estimate(asked, text=20, rate=rate)
@@ -287,9 +297,61 @@ def test_the_command_prints_a_table_and_starts_nothing(files, tmp_path, capsys, 
         (words(files, mm_vision_select_layer=-9), "the tower .* has 2 layers"),
         (words(files, model_max_length=4), "cannot hold a picture of 4 visual"),
         (words(files, model_max_length=8), "do not fit --model_max_length 8 beside text"),
+        (words(files, packed=True, token_budget=7), "do not fit --token_budget 7 beside text"),
     ):
         with pytest.raises(ValueError, match=text):
             estimate(read_command(line, 1), pictures=2)
+
+
+def test_two_speeds_have_rows_and_a_mean_of_their_own(files, tmp_path, capsys):
+    """Memory of either kind of step is that of the commands without and with the plan, and the
+    learned tokens, the teacher and its divergence beside them; time is the mean."""
+    batch = {"per_device_train_batch_size": 16}
+    line = words(files, **CUTS, **batch, dual_speed=0.25, peak_tflops=1)
+    main([*line, "--estimate", "--text_tokens", "20", "--mfu", "0.5", "--json",
+          str(tmp_path / "found.json")])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "a slow step, on all tokens and with a teacher, in place of these:" in text
+    assert "a sample of a fast step: 24 tokens, 22 computed" in text
+    assert "of a slow one (25%): 24 tokens, 24 computed" in text
+    found = json.loads((tmp_path / "found.json").read_text())
+    rate = rate_of(1.0, 0.5, None)
+    plain = {
+        name: estimate(read_command(words(files, **flags, **batch), 1), text=20, rate=rate)
+        for name, flags in (("fast", CUTS), ("slow", {}))
+    }
+    times = {name: found["time"][name]["seconds_a_step"] for name in ("fast", "slow")}
+    assert times["fast"] == pytest.approx(plain["fast"].time["seconds_a_step"])
+    student = plain["slow"].time["seconds_a_step"]
+    assert times["slow"] == pytest.approx(student + times["fast"] / 3, rel=0.02)  # and a teacher
+    mean = 0.75 * times["fast"] + 0.25 * times["slow"]
+    assert found["time"]["seconds_a_step"] == pytest.approx(mean)
+    for sample, without in plain["slow"].batches.items():
+        added = [row["device"] for row in found["slow"][sample]]
+        assert added[0] > without[0].device
+        assert sum(added) > sum(row.device for row in without)
+        always = sum(row["device"] for row in found["rows"])
+        assert found["slow_total"][sample]["device"] == always + sum(added)
+    rows = {row["name"]: row["device"] for row in found["rows"]}
+    isolator = 4 * 4 * 16
+    alone = {row.name: row.device for row in plain["slow"].rows}
+    assert rows["weights"] - alone["weights"] == rows["gradients"] - alone["gradients"] == isolator
+    assert rows["optimizer"] - alone["optimizer"] == 2 * isolator
+    for flags, message in (({"reduction": "none"}, "needs a plan"),
+                           ({**CUTS, "tune_mm_mlp_adapter": True}, "always fast")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            estimate(read_command(words(files, **flags, dual_speed=0.1), 1))
+
+
+def test_a_token_budget_says_how_many_samples_there_are_at_once(files):
+    flags = {"packed": True, "token_budget": 100, "per_device_train_batch_size": 7}
+    found = estimate(read_command(words(files, **flags), 2), text=20)
+    assert found.micro_batch == {"usual": 100 // 24, "longest": 100 // 64}
+    assert found.time["samples_a_step"] == 2 * 4
+    alike = read_command(words(files, per_device_train_batch_size=4), 2)
+    assert found.batches["usual"] == estimate(alike, text=20).batches["usual"]
+    short = estimate(read_command(words(files, packed=True, token_budget=30), 1), text=99)
+    assert [sample.tokens for sample in short.samples.values()] == [30, 30]
 
 
 def test_anyres_takes_the_picture_with_most_tiles(files):
