@@ -221,6 +221,13 @@ def read_scores(target: str | Path) -> dict[str, Any]:
     return scores
 
 
+def _run_named(target: str) -> str:
+    """A run as it was given, with its plan where its folder tells it."""
+    known = Path(target).is_dir() and (Path(target) / "run.json").is_file()
+    plan = read_json(Path(target) / "run.json").get("plan") if known else None
+    return f"{target}: {plan}" if plan else target
+
+
 def compare_lines(table: Mapping[str, Mapping[str, Any]], items: Difference) -> list[str]:
     """A table of both runs and the gain, and the counts behind McNemar's test."""
     width = max(map(len, table))
@@ -252,7 +259,8 @@ def compare_main(argv: Sequence[str] | None = None) -> int:
     first, second = read_scores(args.first), read_scores(args.second)
     table = compare_scores(first, second)
     items = item_difference(first, second)
-    sys.stdout.write("\n".join(compare_lines(table, items)) + "\n")
+    runs = [f"A  {_run_named(args.first)}", f"B  {_run_named(args.second)}"]
+    sys.stdout.write("\n".join([*runs, *compare_lines(table, items)]) + "\n")
     if args.json:
         content = {"first": args.first, "second": args.second, "metrics": table}
         json_dump(args.json, {**content, "items": items._asdict()})

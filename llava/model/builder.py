@@ -11,16 +11,20 @@ said in `Loaded.choices` and logged.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers.utils import logging as library_logging
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -342,6 +346,19 @@ def check_parts(family: Any, config: Any, parts: Parts) -> list[str]:
     return unused
 
 
+@contextlib.contextmanager
+def no_bar_in_a_file() -> Iterator[None]:
+    """transformers' bars are for a terminal, and not for LLAVA_PROGRESS=0."""
+    on = library_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty() or os.environ.get("LLAVA_PROGRESS") == "0":
+        library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            library_logging.enable_progress_bar()
+
+
 def load_parts(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
     """The model through transformers' loader, with its options; every weight comes from `parts`,
     which `check_parts` has seen."""
@@ -352,9 +369,10 @@ def load_parts(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
     if options.get("offload_folder") is None and (on_disk or limited):
         temporary = options["offload_folder"] = tempfile.mkdtemp(prefix="llava-offload-")
     options = {key: value for key, value in options.items() if value is not None}
-    model, report = family.from_pretrained(
-        None, config=config, state_dict=parts.weights, output_loading_info=True, **options
-    )
+    with no_bar_in_a_file():
+        model, report = family.from_pretrained(
+            None, config=config, state_dict=parts.weights, output_loading_info=True, **options
+        )
     gaps = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
     assert not gaps, f"checked before, and yet {gaps}"
     _leave_files(model, parts.weights)

@@ -365,12 +365,14 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
                 f"{name:>6} tokens of a sample: mean {row['mean']}, median {row['p50']}, 95 % "
                 f"{row['p95']}, 99 % {row['p99']}, longest {row['max']}"
             )
-        lines.append(f"cut off at {report['max_length']}: {tokens['cut_off']} tokens")
+        lines.append(
+            f"cut off at --model_max_length {report['max_length']}: {tokens['cut_off']} tokens"
+        )
     if tokens and "after_plan" in tokens:
         after = tokens["after_plan"]
         lines.append(
             f"with {after['plan']}: {after['mean_visual_per_layer']} visual tokens in a layer on "
-            f"average ({100 * after['share_of_tokens']:.1f} % of all tokens)"
+            f"average; with the text, {100 * after['share_of_tokens']:.1f} % of all tokens are left"
         )
     bad = len(report["bad_samples"])
     lines.append(f"{bad or 'no'} sample{'s' if bad > 1 else ''} would end a run")
@@ -452,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset, plan=plan, layers=layers, decode=not args.no_decode, workers=args.workers
     )
     if tokenizer is None:
-        sys.stdout.write("no tokenizer given: tokens are not counted\n")
+        sys.stdout.write("tokens are not counted: no --model_name_or_path or --tokenizer_path\n")
     sys.stdout.write("\n".join(report_lines(report)) + "\n")
     if args.json:
         json_dump(args.json, {"data_path": args.data_path, **report, "environment": environment()})

@@ -90,9 +90,9 @@ def test_a_run_is_scored_and_compared(pope, capsys):
     assert llava(["score", str(second)]) == 0
     table = pope / "compare.json"
     assert llava(["compare", str(first), str(second), "--json", str(table)]) == 0
-    assert "B is better on 5 of 24 questions and worse on 0; McNemar's p = 0.0625" in (
-        capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "B is better on 5 of 24 questions and worse on 0; McNemar's p = 0.0625" in shown
+    assert f"\nA  {first}: none\nB  {second}: none\n" in shown
     gain = json.loads(table.read_text())["metrics"]["accuracy"]
     assert (gain["first"], gain["second"]) == (75, pytest.approx(100 * 23 / 24))
     assert gain["low"] <= gain["gain"] <= gain["high"]
