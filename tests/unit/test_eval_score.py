@@ -63,9 +63,8 @@ def answer(pope, name: str, wrong: int = 0, drop: int = 0):
     run = pope / name
     lines(run / "answers.jsonl", records[: len(records) - drop])
     question_file = str(folder / "llava_pope_test.jsonl")
-    json_dump(
-        run / "run.json", {"benchmark": "pope", "question_file": question_file, "limit": None}
-    )
+    settings = {"benchmark": "pope", "question_file": question_file, "limit": None, "plan": "none"}
+    json_dump(run / "run.json", settings)
     return run
 
 
