@@ -195,9 +195,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private
+        open_to_readers(name)
         os.replace(name, target)
     except BaseException as error:
         if name is not None:
@@ -227,6 +225,17 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(
             errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename
         ) from None
+
+
+def open_to_readers(path: str | os.PathLike[str]) -> None:
+    """Give a file, or a folder with its files, the rights that the umask grants to new ones: what
+    tempfile and safetensors make is for its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    if os.path.isdir(path):
+        for file in Path(path).iterdir():
+            open_to_readers(file)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~umask)
 
 
 def json_dump(path: str | os.PathLike[str], obj: Any) -> None:

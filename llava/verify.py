@@ -42,7 +42,7 @@ from llava.prompting import (
 )
 from llava.reduction import ReductionPlan
 from llava.reduction.flags import add_reduction_flags, plan_from_args
-from llava.utils import environment, json_dump, user_errors
+from llava.utils import environment, json_dump, quiet, user_errors
 
 Status = Literal["pass", "FAIL", "warn", "info"]
 QUESTION = "What is shown in this picture?"
@@ -336,13 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.benchmark:
         benchmark = load_benchmark(args.benchmark, args.data_root, args.limit)
         check_images_exist(benchmark.questions, benchmark.image_folder)
-    loaded = load_checkpoint(
-        args.model_path,
-        args.model_base,
-        conv_mode=args.conv_mode,
-        reduction=plan,
-        **loading_options(args),
-    )
+    with quiet():  # the choices are the report's first lines
+        loaded = load_checkpoint(
+            args.model_path,
+            args.model_base,
+            conv_mode=args.conv_mode,
+            reduction=plan,
+            **loading_options(args),
+        )
     checks = []
     sources: list[Callable[[], Iterator[Check]]] = [lambda: verify(loaded)]
     if benchmark is not None:

@@ -172,7 +172,7 @@ def load_checkpoint(
         attn_implementation=attn_implementation,
     )
     tokenizer = load_tokenizer(parts.folders)
-    _add_image_tokens(model, tokenizer)
+    add_image_tokens(model, tokenizer)
     processor = image_processor_of(model, parts)
     for line in choices.lines():
         log.info("%s", line)
@@ -414,7 +414,7 @@ def generation_settings(folders: Sequence[Path]) -> dict[str, Any] | None:
 
 
 # -------------------------------------------------------------------------- tokenizer and processor
-def _add_image_tokens(model: Any, tokenizer: Any) -> None:
+def add_image_tokens(model: Any, tokenizer: Any) -> None:
     """Add LLaVA's marks where the config asks for them and the tokenizer lacks them.
 
     A vocabulary that then outgrows the embeddings is refused for <im_start> and <im_end>, which

@@ -42,12 +42,13 @@ from llava.model.assemble import (
 )
 from llava.model.builder import (
     FAMILIES,
+    add_image_tokens,
     float_type,
     generation_settings,
     image_processor_of,
     read_config,
 )
-from llava.model.chat_template import after_picture, chat_template
+from llava.model.chat_template import chat_template, picture_text
 from llava.model.checkpoint_layout import (
     PROJECTOR_FILE,
     CheckpointFiles,
@@ -77,6 +78,7 @@ from llava.utils import (
     get_logger,
     json_dump,
     make_folder,
+    open_to_readers,
     user_errors,
 )
 
@@ -119,6 +121,7 @@ def convert(
     if wanted is not None:
         config.dtype = wanted
     tokenizer = load_tokenizer(parts.folders)
+    add_image_tokens(model, tokenizer)
     summary = read_summary(parts.folders[0])
     generation = generation_settings(parts.folders)
     _check_room(target, parts.weights.values(), wanted)
@@ -196,7 +199,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield folder
-        folder.chmod(0o755)
+        open_to_readers(folder)
         folder.rename(target)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -250,6 +253,7 @@ def _write_hf(
     rows = config.vocab_size
     before = {"rows": rows, "tokens": len(tokenizer), "pad_token": tokenizer.pad_token}
     before["pad_token_id"] = raw["text_config"].get("pad_token_id")
+    before["chat_template"] = tokenizer.chat_template
     if "<image>" not in tokenizer.get_vocab():
         image = AddedToken("<image>", special=True, normalized=False)
         tokenizer.add_tokens(image, special_tokens=True)
@@ -301,7 +305,7 @@ def _hf_processor(raw: dict[str, Any], config: Any, tokenizer: Any, processor: A
         patch_size=vision["patch_size"],
         vision_feature_select_strategy=raw["vision_feature_select_strategy"],
         num_additional_image_tokens=int(vision["model_type"] == "clip_vision_model"),
-        chat_template=chat_template(get_conversation(mode), after_picture(tokenizer)),
+        chat_template=chat_template(get_conversation(mode), picture_text(tokenizer, config)),
     )
 
 
@@ -328,6 +332,8 @@ def _write_llava(
     if rope.get("rope_theta"):  # the name that older code reads
         raw["rope_theta"] = rope["rope_theta"]
     before = _added(parts.folders[0] / "config.json")
+    if before:
+        tokenizer.chat_template = before.get("chat_template")  # the processor's names <image>
     tokenizer.save_pretrained(folder)
     if before:
         rows = before["rows"]

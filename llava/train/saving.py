@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llava.train.parts import NEWLINE, PROJECTOR
-from llava.utils import get_logger
+from llava.utils import get_logger, open_to_readers
 
 logger = get_logger(__name__)
 
@@ -124,10 +124,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield staging
-        umask = os.umask(0)
-        os.umask(umask)
         for file in sorted(staging.iterdir()):
-            file.chmod(0o666 & ~umask)
+            open_to_readers(file)
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

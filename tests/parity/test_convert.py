@@ -36,6 +36,7 @@ from transformers import (
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import get_conversation
+from llava.mm_utils import tokenizer_image_token
 from llava.model.assemble import assemble
 from llava.model.chat_template import chat_template
 from llava.model.convert import convert, main
@@ -91,6 +92,7 @@ def test_from_llava_to_transformers_and_back(name, vocabulary, tmp_path):
                 "image_grid_pinpoints", "mm_vision_tower", "mm_vision_select_layer"):  # fmt: skip
         assert own.get(key) == kept.get(key), key
     assert len(before.tokenizer) == len(after.tokenizer)
+    assert before.tokenizer.chat_template == after.tokenizer.chat_template
     assert after.tokenizer.pad_token == before.tokenizer.pad_token
 
 
@@ -162,30 +164,40 @@ def keys_of(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("size", "legacy"), [((90, 40), True), ((33, 100), False), ((56, 56), False)]
+    ("size", "legacy", "marks"),
+    [
+        ((90, 40), True, False),
+        ((33, 100), False, False),
+        ((56, 56), False, False),
+        ((56, 56), True, True),
+        ((56, 56), False, True),
+    ],
 )
-def test_the_processor_and_the_template_are_ours(size, legacy, tmp_path):
-    """transformers' processor gives the pixels and the ids that this project makes."""
-    write_original(tmp_path / "x", "v1.5-7b")
+def test_the_processor_and_the_template_are_ours(size, legacy, marks, tmp_path):
+    """transformers' processor gives the pixels and the ids that this project makes; marks: with
+    <im_start> and <im_end>, which the tokenizer's files do not hold yet."""
+    write_original(tmp_path / "x", "v1.5-7b", mm_use_im_start_end=marks)
     file = tmp_path / "x" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": legacy}))
     convert(tmp_path / "x", tmp_path / "hf", "hf")
     theirs = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
-    ours = load(tmp_path / "x")
+    ours, again = load(tmp_path / "x"), load(tmp_path / "hf")
     generator = torch.Generator().manual_seed(1)
     values = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     picture = Image.fromarray(values.numpy())
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hello"}]}]
     prompt = theirs.apply_chat_template(chat, add_generation_prompt=True)
-    own = build_prompt("hello", "vicuna_v1")
-    assert prompt == own.replace("<image>\n", "<image>\n" if legacy else "<image> \n")
+    own = build_prompt("hello", "vicuna_v1", mm_use_im_start_end=marks)
+    assert prompt.replace("> \n", ">\n") == own
+    assert ("> \n" in prompt) is not (legacy or marks)
     got = theirs(text=prompt, images=picture, return_tensors="pt")
     batch = prepare_batch(ours.tokenizer, ours.image_processor, ours.model.config, [own], [picture])
     torch.testing.assert_close(got["pixel_values"], batch["images"], atol=1e-5, rtol=0)
-    folded = [IMAGE_TOKEN_INDEX if i == 480 else i for i in got["input_ids"][0].tolist()]
+    image_id = again.model.config.image_token_index
+    folded = [IMAGE_TOKEN_INDEX if i == image_id else i for i in got["input_ids"][0].tolist()]
     once = [x for i, x in enumerate(folded) if x >= 0 or folded[i - 1] >= 0]
     assert folded.count(IMAGE_TOKEN_INDEX) == 16
-    assert once == batch["input_ids"][0].tolist()
+    assert once == batch["input_ids"][0].tolist() == tokenizer_image_token(own, again.tokenizer)
 
 
 def dialogue(turns: int) -> list[dict[str, Any]]:

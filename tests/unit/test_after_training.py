@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import resource
 import runpy
 import signal
+import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from miniatures import (
+    TEXT,
     edit,
     equal,
     hf_model,
@@ -26,10 +30,17 @@ from miniatures import (
     write_original,
     write_projector_only,
 )
+from peft import LoraConfig, get_peft_model
 from places import ROOT
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from llava.model.assemble import merge_lora
 from llava.model.convert import convert, extract_projector
 from llava.model.model_card import MARK, main, write_card
 from llava.utils import get_logger
@@ -71,6 +82,37 @@ def test_lora_weights_are_merged_by_llavas_script(tmp_path, run):
     assert code == 2
     assert "non_lora_trainables.bin is missing" in said
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*tie")  # trained apart they are tied no longer, peft warns
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"layers_to_transform": [1]},
+    ],
+)
+def test_merging_is_what_peft_does(settings, tied, tmp_path):
+    """Every kind of LoRA that is taken, bit by bit; Qwen2 has biases and may tie its vocabulary."""
+    sizes = {**TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    base = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
+    usual = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    tuned = get_peft_model(copy.deepcopy(base), LoraConfig(**{**usual, **settings}))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path)
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    kept = json.loads((tmp_path / "adapter_config.json").read_text())
+    merge_lora(weights, load_file(tmp_path / "adapter_model.safetensors"), kept, "here")
+    for name, expected in tuned.merge_and_unload().state_dict().items():
+        assert torch.equal(weights[name], expected), name
+    assert any(not torch.equal(weights[name], value) for name, value in base.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["v1.5-7b", "v1.6-vicuna-7b", "llava_next", "lora", "projector"])
@@ -213,6 +255,10 @@ def test_weights_in_the_dtype_that_is_asked_for(to, tmp_path):
     index = json.loads((tmp_path / "y z é" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     assert {v.dtype for file in files for v in load_file(file).values()} == {torch.float32}
+    umask = os.umask(0)
+    os.umask(umask)
+    rights = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "y z é").iterdir()}
+    assert rights == {0o666 & ~umask}
     loaded = load(tmp_path / "y z é")
     assert (loaded.choices.dtype.value, loaded.choices.dtype.origin) == (
         torch.float32,
