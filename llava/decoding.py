@@ -10,6 +10,7 @@ Special here: no torch. Greedy by default, as the published numbers of LLaVA are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,11 @@ class Decoding:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_beams < 1 or self.temperature < 0:
-            raise ValueError(
-                f"{self}; accepted: max_new_tokens and num_beams from 1, temperature from 0"
-            )
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 1 and more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; accepted: 0 (greedy) and more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; accepted: above 0 up to 1")
 

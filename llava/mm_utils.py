@@ -289,13 +289,16 @@ def process_images(
 
     Returns [N, 3, H, W] (`pad`, `square` or none) or [N, T, 3, H, W] (`anyres`); a list of
     [T, 3, H, W] where the numbers of tiles differ. Pictures are converted to RGB.
-    Raises ValueError for an unknown aspect ratio, for an empty list and as `check_scaled_size`.
+    Raises ValueError for an unknown aspect ratio, an empty list, a model without a tower, whose
+    image_processor is None, and as `check_scaled_size`.
     """
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect not in ASPECT_RATIOS:
         raise ValueError(f"image_aspect_ratio is {aspect!r}; accepted: {ASPECT_RATIOS}")
     if len(images) == 0:
         raise ValueError("process_images got no image")
+    if image_processor is None:
+        raise ValueError("a picture was given to a model without a vision tower")
     rgb = [image.convert("RGB") for image in images]
     if aspect == "anyres":
         pixels = [

@@ -227,6 +227,29 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         ) from None
 
 
+def check_output(
+    path: str | os.PathLike[str] | None, reads: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """See that a file can be written, before the work whose result it is to hold; None is no file.
+
+    Raises:
+        ValueError: it is one of `reads`, which would be lost.
+        OSError: a folder is there, or it cannot be made, by name.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if any(target.exists() and os.path.samefile(target, read) for read in reads):
+        raise ValueError(f"{path} would be written over what is read from it; give another file")
+    there = next(place for place in (target, *target.absolute().parents) if place.exists())
+    if there.is_file() and there != target:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+
 def open_to_readers(path: str | os.PathLike[str]) -> None:
     """Give a file, or a folder with its files, the rights that the umask grants to new ones: what
     tempfile and safetensors make is for its owner alone."""

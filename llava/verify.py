@@ -42,7 +42,7 @@ from llava.prompting import (
 )
 from llava.reduction import ReductionPlan
 from llava.reduction.flags import add_reduction_flags, plan_from_args
-from llava.utils import environment, json_dump, quiet, user_errors
+from llava.utils import check_output, environment, json_dump, quiet, user_errors
 
 Status = Literal["pass", "FAIL", "warn", "info"]
 QUESTION = "What is shown in this picture?"
@@ -332,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the checks; 0 if none failed, else 1."""
     args = parser().parse_args(argv)
     plan = plan_from_args(args)
+    check_output(args.json)
     benchmark = None
     if args.benchmark:
         benchmark = load_benchmark(args.benchmark, args.data_root, args.limit)

@@ -19,7 +19,7 @@ from llava.eval.auto_batch import batch_size
 from llava.eval.run_folder import config_hash
 from llava.loading_flags import add_loading_flags, loading_options
 from llava.mm_utils import get_model_name_from_path
-from llava.reduction.flags import add_reduction_flags, plan_from_args
+from llava.reduction.flags import add_default_reduction, add_reduction_flags, plan_from_args
 from llava.utils import Ranks
 
 
@@ -40,6 +40,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=WORKERS, help="threads that open pictures")
     add_reduction_flags(parser)
+    add_default_reduction(parser)
     parser.add_argument("--pdrop_infer", nargs="?", help="no effect; accepted from old scripts")
 
 

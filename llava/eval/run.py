@@ -36,8 +36,16 @@ from llava.eval.run_folder import Record, RunFolder, config_hash
 from llava.eval.scorers import Scores, join_answers
 from llava.eval.submit import export_answers
 from llava.eval.throughput import format_line
-from llava.reduction.flags import plan_for_model, plan_from_args
-from llava.utils import Ranks, environment, file_sha256, get_logger, json_dump, user_errors
+from llava.reduction.flags import check_plan_flags, plan_for_model
+from llava.utils import (
+    Ranks,
+    check_output,
+    environment,
+    file_sha256,
+    get_logger,
+    json_dump,
+    user_errors,
+)
 
 log = get_logger(__name__)
 
@@ -186,10 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint on the named benchmarks."""
     args = parser().parse_args(argv)
     # Everything that can be wrong with the input is looked at before the model is loaded.
-    plan_from_args(args)  # a plan that cannot be read ends the run here
+    check_plan_flags(args)  # a plan that cannot be read ends the run here
     ranks = Ranks.from_environment()
     names = resolve_names(args.benchmarks)
     sets = [load_benchmark(name, args.data_root, args.limit) for name in names]
+    check_output(args.json, [loaded.question_file for loaded in sets])
     own = args.max_new_tokens is None
     decodings = [
         decoding_from_flags(args, s.benchmark.max_new_tokens if own else args.max_new_tokens)

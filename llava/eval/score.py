@@ -40,7 +40,7 @@ from llava.eval.scorers.interval import (
     paired_difference,
 )
 from llava.eval.submit import export_answers
-from llava.utils import get_logger, json_dump, user_errors
+from llava.utils import check_output, get_logger, json_dump, user_errors
 
 log = get_logger(__name__)
 
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score answers, print the metrics and write them with a score a question."""
     args = score_parser().parse_args(argv)
     answered = open_answers(args.target, args.benchmark, args.data_root, args.limit)
+    check_output(args.json, [answered.loaded.question_file, args.target])
     scores = answered.loaded.score(answered.records, args.dialect, args.allow_missing)
     path = Path(args.json) if args.json else answered.folder and answered.folder / "scores.json"
     if path:
@@ -209,10 +210,14 @@ def item_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Diff
     )
 
 
+def _scores_file(target: str | Path) -> Path:
+    path = Path(target)
+    return path / "scores.json" if path.is_dir() else path
+
+
 def read_scores(target: str | Path) -> dict[str, Any]:
     """scores.json of a run's folder, or a file with the same content."""
-    path = Path(target)
-    path = path / "scores.json" if path.is_dir() else path
+    path = _scores_file(target)
     if not path.is_file():
         raise FileNotFoundError(f"file not found: {path}; make it with `llava score`")
     scores = read_json(path)
@@ -257,6 +262,7 @@ def compare_main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--json", metavar="FILE", help="write the table there as well")
     args = flags.parse_args(argv)
     first, second = read_scores(args.first), read_scores(args.second)
+    check_output(args.json, [_scores_file(args.first), _scores_file(args.second)])
     table = compare_scores(first, second)
     items = item_difference(first, second)
     runs = [f"A  {_run_named(args.first)}", f"B  {_run_named(args.second)}"]

@@ -39,7 +39,7 @@ from llava.timing import (
     count_kernels,
     interleave,
 )
-from llava.utils import environment, get_logger, json_dump, set_seed, user_errors
+from llava.utils import check_output, environment, get_logger, json_dump, set_seed, user_errors
 
 log = get_logger(__name__)
 PARTS = ("vision", "prefill", "decode", "train")
@@ -609,6 +609,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         importlib.import_module(WHOLE_RUNS[words[0]]).main(words[1:])
         return
     args = build_parser().parse_args(words)
+    check_output(args.json)
     result = bench(args)
     sys.stdout.write(format_result(result) + "\n")
     if args.json:

@@ -31,7 +31,7 @@ from llava.reduction import ReductionPlan, flops
 from llava.reduction.flags import add_reduction_flags, plan_from_args
 from llava.sequence import Kind, Layout, TokenSequence
 from llava.timing import Clock, Region, interleave
-from llava.utils import environment, json_dump, progress, set_seed, user_errors
+from llava.utils import check_output, environment, json_dump, progress, set_seed, user_errors
 
 SAMPLES = ((60, True), (320, True), (150, True), (210, False))
 """(text tokens, has a picture) of each sample of the batch."""
@@ -239,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """``llava bench train``: see the module's docstring."""
     args = build_parser().parse_args(argv)
     check_flags(args)
+    check_output(args.json)
     preset = flops.get_preset(args.preset)
     asked = plan_from_args(args)
     plan = ReductionPlan.parse(preset.plan) if asked is None else asked

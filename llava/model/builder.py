@@ -56,6 +56,9 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
 # What PyramidDrop's checkpoints were trained with; their config.json does not say.
 PUBLISHED_PYRAMID = '--layer_list "[8,16,24]" --image_token_ratio_list "[0.5,0.25,0.125]"'
 
+# accelerate's ways of spreading a model over devices.
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
 log = get_logger(__name__)
 
 
@@ -293,6 +296,14 @@ def _placement(
     device for everything."""
     if isinstance(device_map, dict):
         return device_map, max_memory
+    if device_map is not None and device_map not in STRATEGIES:
+        try:
+            torch.device(device_map)
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"device_map {device_map!r} is unknown; accepted: {', '.join(STRATEGIES)}, a "
+                "device, a dict"
+            ) from None
     if device_map is not None and (device == torch.device("cuda") or max_memory is not None):
         return device_map, max_memory
     return {"": device}, None
@@ -369,10 +380,14 @@ def load_parts(family: Any, config: Any, parts: Parts, **options: Any) -> Any:
     if options.get("offload_folder") is None and (on_disk or limited):
         temporary = options["offload_folder"] = tempfile.mkdtemp(prefix="llava-offload-")
     options = {key: value for key, value in options.items() if value is not None}
-    with no_bar_in_a_file():
-        model, report = family.from_pretrained(
-            None, config=config, state_dict=parts.weights, output_loading_info=True, **options
-        )
+    try:
+        with no_bar_in_a_file():
+            model, report = family.from_pretrained(
+                None, config=config, state_dict=parts.weights, output_loading_info=True, **options
+            )
+    except ImportError as error:  # of the attention's package
+        asked = options.get("attn_implementation")
+        raise ValueError(f"attn_implementation {asked!r} cannot be used: {error}") from error
     gaps = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
     assert not gaps, f"checked before, and yet {gaps}"
     _leave_files(model, parts.weights)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.model.builder import load_checkpoint
+from llava.model.builder import STRATEGIES, load_checkpoint
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2ForCausalLM
@@ -29,8 +29,6 @@ from llava.reduction.plan import CONFIG_KEY, FASTV_KEY, fastv_config_text, resol
 from llava.utils import get_logger
 
 log = get_logger(__name__)
-
-STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class LlavaForConditionalGeneration:

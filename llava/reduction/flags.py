@@ -29,11 +29,26 @@ def add_reduction_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help='PyramidDrop\'s kept shares of the original count: "[0.5,0.25,0.125]"',
     )
-    group.add_argument(
+
+
+def add_default_reduction(parser: argparse.ArgumentParser) -> None:
+    """Add ``--default-reduction``, for commands that ask `plan_for_model`."""
+    parser.add_argument(
         "--default-reduction",
         metavar="PLAN",
         help="the plan if neither a flag nor the checkpoint names one (default: none)",
     )
+
+
+def check_plan_flags(args: argparse.Namespace) -> None:
+    """Read the plans of all flags, before there is a model.
+
+    Raises:
+        ValueError: as `plan_from_args`, and for a default that cannot be read.
+    """
+    plan_from_args(args)
+    if args.default_reduction is not None:
+        ReductionPlan.parse(args.default_reduction)
 
 
 def plan_from_args(args: argparse.Namespace) -> ReductionPlan | None:

@@ -33,7 +33,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from llava.mm_utils import (
+    ASPECT_RATIOS,
     EXTREME_RATIO,
+    MERGE_TYPES,
     check_image_file,
     check_scaled_size,
     opened_image,
@@ -46,10 +48,10 @@ from llava.sequence import Group, Layout
 from llava.train.arguments import ModelArguments, parse_pinpoints
 from llava.train.dataset import ImageReader, LazySupervisedDataset, Measured
 from llava.train.preprocess import ANSWER_NAMES, check_turns, count_image_marks, training_template
-from llava.train.records import Records, image_names
+from llava.train.records import Records, image_names, parse_sources
 from llava.train.setup import load_tokenizer, read_config
 from llava.train.token_counts import in_workers
-from llava.utils import environment, json_dump, user_errors
+from llava.utils import check_output, environment, json_dump, user_errors
 
 NAMED = 20
 """So many samples of a kind are listed by name."""
@@ -413,8 +415,10 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_argument("--model_max_length", type=int, default=2048, help="default 2048")
     flags.add_argument("--vision_tower", help="folder (or hub id) of the tower (default: "
                        "CLIP-L/14, 336 px)")  # fmt: skip
-    flags.add_argument("--image_aspect_ratio", default="pad", help="square, pad (default), anyres")
-    flags.add_argument("--mm_patch_merge_type", default="flat", help="flat, spatial, spatial_unpad")
+    flags.add_argument("--image_aspect_ratio", default="pad", choices=ASPECT_RATIOS[1:],
+                       help="default pad")  # fmt: skip
+    flags.add_argument("--mm_patch_merge_type", default="flat", choices=MERGE_TYPES,
+                       help="default flat")  # fmt: skip
     flags.add_argument("--image_grid_pinpoints", help="anyres: sizes to choose from")
     flags.add_argument("--seed", type=int, default=42, help="of a mixture's draws (default 42)")
     flags.add_argument("--data_cache_dir", help="as in training")
@@ -428,11 +432,23 @@ def build_parser() -> argparse.ArgumentParser:
     return flags
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """ValueError or OSError for a report or a list that cannot be written, would lie over the data,
+    or over one another. The check of all pictures takes long."""
+    read = [source.path for source in parse_sources(args.data_path)]
+    read += [Path(args.data_path)] if Path(args.data_path).is_file() else []  # a mixture
+    for written in (args.json, args.skip_list):
+        check_output(written, read)
+    if args.json and args.skip_list and Path(args.json).resolve() == Path(args.skip_list).resolve():
+        raise ValueError(f"--json and --skip_list are both {args.json}; give two files")
+
+
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> int:
     """Check training files; 1 where a sample would end a run."""
     args = build_parser().parse_args(argv)
     plan = plan_from_args(args)
+    check_outputs(args)
     tokenizer, layers = None, args.num_layers or 32
     if args.model_name_or_path or args.tokenizer_path:
         named = ModelArguments(args.model_name_or_path, tokenizer_path=args.tokenizer_path)

@@ -27,7 +27,14 @@ from pathlib import Path, PurePosixPath
 from llava.train.archives import members, place
 from llava.train.records import Records, image_names
 from llava.train.train_sets import TRAIN_SETS, Part, TrainSet, belongs, list_lines
-from llava.utils import atomic_write, get_logger, json_dump, progress, user_errors
+from llava.utils import (
+    atomic_write,
+    check_output,
+    get_logger,
+    json_dump,
+    progress,
+    user_errors,
+)
 
 logger = get_logger(__name__)
 
@@ -323,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         sys.stdout.write("\n".join(list_lines(args.set)) + "\n")
         return 0
+    check_output(args.json, [args.data] if args.data and args.data.is_file() else [])
     result = prepare_train(
         args.set,
         archives=args.archives and args.archives.expanduser(),

@@ -391,6 +391,8 @@ def test_nested_configs_that_cannot_be_read(change, message, tmp_path):
         ({"conv_mode": "vicuna"}, "unknown conversation template"),
         ({"reduction": "pyramiddrop:layers=[9],ratios=[0.5]"}, "9"),
         ({"load_8bit": True, "load_4bit": True}, "exclude each other"),
+        ({"device_map": "spread"}, "device_map 'spread' is unknown; accepted: auto, balanced"),
+        ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' cannot be used: "),
     ],
 )
 def test_options_that_do_not_fit(options, message, bins):

@@ -279,7 +279,13 @@ def test_decoding_reaches_generate(folder, tokenizer, processor):
     assert (greedy.do_sample, greedy.num_beams, greedy.max_new_tokens) == (False, 1, 128)
     assert not hasattr(greedy, "temperature")
     assert (sampled.do_sample, sampled.temperature, sampled.top_p) == (True, 0.2, 0.9)
-    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"num_beams": 0}, {"top_p": 2.0}):
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"num_beams": 0},
+        {"top_p": 2.0},
+        {"temperature": float("nan")},
+    ):
         with pytest.raises(ValueError, match="accepted"):
             Decoding(**wrong)
 

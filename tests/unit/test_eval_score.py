@@ -104,6 +104,13 @@ def test_a_run_is_scored_and_compared(pope, capsys):
     assert llava(["score", str(plain), *flags]) == 0
     own = json.loads((second / "scores.json").read_text())
     assert json.loads(table.read_text()) == own
+    capsys.readouterr()
+    flags[-1] = str(plain)
+    assert "over what is read from it" in fails(capsys, "score", plain, *flags)
+    assert "over what is read from it" in fails(
+        capsys, "compare", first, second, "--json", second / "scores.json"
+    )
+    assert json.loads((second / "scores.json").read_text()) == own
 
 
 def test_bad_input_changes_nothing(pope, capsys):

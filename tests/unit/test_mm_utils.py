@@ -142,6 +142,11 @@ def test_process_images_plain_modes(processor, aspect):
     assert process_images(images, processor, config(aspect)).shape == (2, 3, 28, 28)
 
 
+def test_a_picture_for_a_model_without_a_tower():
+    with pytest.raises(ValueError, match="model without a vision tower"):
+        process_images([Image.new("RGB", (2, 2))], None, config("pad"))
+
+
 def test_process_images_pad_shows_all_of_the_picture(processor):
     wide = Image.new("RGB", (84, 28), (255, 255, 255))
     pixels = process_images([wide], processor, config("pad"))[0]

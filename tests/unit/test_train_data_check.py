@@ -154,6 +154,29 @@ def test_good_data_and_what_can_be_left_out(files, capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("data", "flags", "message"),
+    [
+        ("bad.json", ["--json", "{}/bad.json"], "would be written over what is read"),
+        ("bad.json", ["--skip_list", "{}/bad.json"], "would be written over what is read"),
+        ("mixture.json", ["--json", "{}/mixture.json"], "would be written over what is read"),
+        ("mixture.json", ["--json", "{}/bad.json"], "would be written over what is read"),
+        ("bad.json", ["--json", "{}/x", "--skip_list", "{}/data/../x"], "give two files"),
+        ("bad.json", ["--json", "{}/data"], "Is a directory"),
+        ("bad.json", ["--json", "{}/bad.json/x"], "Not a directory"),
+        ("bad.json", ["--image_aspect_ratio", "stretch"], "'square', 'pad', 'anyres'"),
+    ],
+)
+def test_where_the_report_goes_is_looked_at_first(files, data, flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("llava.train.data_check.check_training_data", None)  # never gets there
+    before = {file: file.read_bytes() for file in files.glob("*.json")}
+    with pytest.raises(SystemExit) as stop:
+        check(files, files / data, *[flag.format(files) for flag in flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in files.glob("*.json")}
+
+
 def test_layers_and_geometry_are_the_models_own(files, tmp_path, capsys):
     """Of a tower that is published, or whose config.json leaves out defaults; of a base in
     transformers' layout, where the language model's config is nested."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -198,3 +199,41 @@ def test_quiet_hides_bars_and_talk_and_gives_them_back(
     assert root.level == level
     assert list(utils.progress([1, 2], "shown")) == [1, 2]
     assert "shown" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    """... and named: a folder, a file for a folder, what is read, through a link too."""
+    mine = tmp_path / "data.json"
+    mine.write_text("mine")
+    (tmp_path / "link.json").symlink_to(mine)
+    for path, error in (
+        (tmp_path, IsADirectoryError),
+        (mine / "below" / "x.json", NotADirectoryError),
+        (mine, ValueError),
+        (tmp_path / "link.json", ValueError),
+    ):
+        with pytest.raises(error) as found:
+            utils.check_output(path, [mine, tmp_path / "absent"])
+        assert str(path if error is not NotADirectoryError else mine) in str(found.value)
+    for path in (None, tmp_path / "new" / "deep" / "x.json", tmp_path / "other.json"):
+        utils.check_output(path, [mine])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data.json", "link.json"]
+
+
+def test_errors_of_writing_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for path, error, named in (
+        ("folder", IsADirectoryError, "folder"),
+        ("file/x", NotADirectoryError, "file"),
+    ):
+        with pytest.raises(error) as found, utils.atomic_write(tmp_path / path):
+            pass
+        assert found.value.filename == str(tmp_path / named)
+    with pytest.raises(OSError, match="No space left") as full, utils.atomic_write(tmp_path / "y"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert full.value.filename == str(tmp_path / "y")
+    with pytest.raises(FileNotFoundError) as read, utils.atomic_write(tmp_path / "y"):
+        (tmp_path / "absent").read_text()
+    assert read.value.filename == str(tmp_path / "absent")  # another file's error stays its own
+    assert not (tmp_path / "y").exists()
