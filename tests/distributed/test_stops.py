@@ -5,11 +5,12 @@ folder that it cannot write to. The probe answers on the ranks that it needs.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from two_ranks import ROOT, Ranks, command, losses, need_deepspeed, recipe, weights
+from two_ranks import ENDED, ROOT, Ranks, command, losses, need_deepspeed, recipe, weights
 
 from llava.train.safety import EXIT_NOT_FINITE, EXIT_PREEMPTED
 
@@ -100,3 +101,20 @@ def test_a_rank_that_cannot_write_ends_both_before_the_first_step(
     assert codes == [2, 2]
     assert "".join(ranks.logs()).count("(rank 1): PermissionError") == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_a_rank_that_is_killed(
+    start: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The other one hears SIGTERM from torchrun, which it takes for a wish to save and stop; it
+    ends all the same, long before torchrun would kill it. The last test here: its ranks are gone.
+    """
+    flags = {**flags_of(start, "ddp"), "save_strategy": "steps", "save_steps": 2}
+    killed = {"step": 3, "where": "step", "rank": 1}
+    code = ranks.launcher_code(command(**flags, output_dir=tmp_path), killed)
+    seconds = time.time() - (tmp_path / "checkpoint-2" / "trainer_state.json").stat().st_mtime
+    assert code == ENDED, ranks.logs()
+    assert seconds < 25, ranks.logs()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -25,13 +25,15 @@ from test_train import command, losses, pictures  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, TIMEOUT, STEPS = 2, 300, 8
+ENDED = 1
+"""Exit code of torchrun when one of its processes has failed."""
 
 
 class Ranks:
     """Two processes that wait for training commands in `folder` (see worker.py)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.jobs = folder, 0
+    def __init__(self, home: Path) -> None:
+        self.home, self.launches = home, 0
         # DeepSpeed builds its operators once. In the user's own folder a lock that a killed build
         # has left would hang the job; here the first launch removes it, when nobody else builds.
         build = Path(os.environ["TORCH_EXTENSIONS_DIR"])  # tests/conftest.py
@@ -42,6 +44,12 @@ class Ranks:
             for lock in build.glob("**/lock"):
                 lock.unlink()
         fcntl.flock(self.builds, fcntl.LOCK_SH)
+        self._launch()
+
+    def _launch(self) -> None:
+        self.folder, self.jobs = self.home / f"launch-{self.launches}", 0
+        self.launches += 1
+        self.folder.mkdir()
         beside = Path(sys.executable).parent
         environment = {
             **os.environ,
@@ -50,8 +58,8 @@ class Ranks:
             "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}",
         }
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
-        worker = [str(Path(__file__).with_name("worker.py")), str(folder)]
-        self.output = (folder / "launcher.log").open("w")
+        worker = [str(Path(__file__).with_name("worker.py")), str(self.folder)]
+        self.output = (self.folder / "launcher.log").open("w")
         self.process = subprocess.Popen(
             [sys.executable, *launcher, *worker],
             cwd=ROOT, env=environment, stdout=self.output, stderr=subprocess.STDOUT,
@@ -67,13 +75,8 @@ class Ranks:
         """Run a command on both ranks, or on one; the exit codes. Behind the first that fails
         the other has five seconds. machines: folders in which the ranks run, each as the only one
         of its machine."""
-        base, self.jobs = self.folder / f"job-{self.jobs}", self.jobs + 1
-        port = free_port()
-        job = {"command": arguments, "port": port, "kill": kill, "ranks": ranks}
-        job["machines"] = [str(machine) for machine in machines]
-        draft = base.with_suffix(".draft")
-        draft.write_text(json.dumps(job))
-        draft.rename(base.with_suffix(".json"))
+        job = {"command": arguments, "kill": kill, "ranks": ranks, "last": False}
+        base = self._hand_out({**job, "machines": [str(machine) for machine in machines]})
         files = [Path(f"{base}.{rank}.done") for rank in range(RANKS)]
         end = time.monotonic() + TIMEOUT
         while True:
@@ -88,6 +91,24 @@ class Ranks:
                 log = (self.folder / "launcher.log").read_text()
                 raise RuntimeError(f"the launcher ended: {log}")
             time.sleep(0.02)
+
+    def launcher_code(self, arguments: list[str], kill: dict[str, Any]) -> int:
+        """Run a command in the launcher's own processes: the launcher's exit code. Others take
+        their place if there are more commands."""
+        job = {"command": arguments, "kill": kill, "ranks": RANKS, "machines": [], "last": True}
+        self._hand_out(job)
+        return self.process.wait(TIMEOUT)
+
+    def _hand_out(self, job: dict[str, Any]) -> Path:
+        """Tell the ranks of a job; the path in front of its files' endings."""
+        if self.process.poll() == ENDED:
+            self.output.close()
+            self._launch()
+        base, self.jobs = self.folder / f"job-{self.jobs}", self.jobs + 1
+        draft = base.with_suffix(".draft")
+        draft.write_text(json.dumps({**job, "port": free_port()}))
+        draft.rename(base.with_suffix(".json"))
+        return base
 
     def logs(self) -> list[str]:
         """What the ranks wrote during the last command."""

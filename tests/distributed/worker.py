@@ -4,7 +4,8 @@ Started once by torch.distributed.run, because importing everything costs more t
 job is a forked child with a process group of its own, so it may be killed, and the next one starts
 from nothing. ``worker.py FOLDER``: job-N.json there is a job,
 
-    {"command": [...], "port": n, "ranks": n, "machines": [], "kill": null or {"step": n, ...}}
+    {"command": [...], "port": n, "ranks": n, "machines": [], "kill": null or {"step": n, ...},
+     "last": false}
 
 What goes wrong may also be a signal to one rank, a rank that hangs, or a layer of one rank that is
 not finite. A rank that ends well has given --ddp_timeout to every process group there is.
@@ -150,6 +151,8 @@ def serve(folder: Path) -> None:
             time.sleep(0.02)
             continue
         job = json.loads(base.with_suffix(".json").read_text())
+        if job["last"]:  # as the launcher's own process
+            sys.exit(run(job, Path(f"{base}.{RANK}.log")))
         code = child_of(job, base) if int(RANK) < job["ranks"] else 0
         Path(f"{base}.{RANK}.done").write_text(str(code))
         number += 1
