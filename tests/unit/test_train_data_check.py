@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava import mm_utils
 from llava.cli import main
+from llava.constants import IGNORE_INDEX
 from llava.mm_utils import load_image
 from llava.reduction import ReductionPlan
+from llava.train.data_check import ERRORS as KINDS
 from llava.train.data_check import (
     Checker,
     build_parser,
@@ -315,3 +318,49 @@ def test_a_run_warns_of_extreme_pictures_once(tmp_path, monkeypatch, caplog):
     assert len(lines) == mm_utils.MAX_WARNINGS + 1
     assert "large.png has 80x80 pixels, which takes long" in lines[0]
     assert "0.png has 300x2 pixels" in lines[1]
+
+
+def random_record(rng: random.Random) -> dict:
+    """Mostly a sample that can be trained on; of everything else a little."""
+    asked = ["what is", "<image>", "a <image> b <image>", "what " * 60, "</s>"] * 6 + ["", 5]
+    said = ["red", "red " * 60, "###"] * 8 + ["", "<image>", None]
+    first, turns = rng.choice([0, 0, 0, 0, 1]), []
+    for i in range(first, first + rng.choice([1, 2, 2, 2, 4, 4, 5])):
+        speaker = rng.choice([("human", "gpt")[i % 2]] * 40 + ["system", "human", "gpt", None])
+        turns.append({"from": speaker, "value": rng.choice((asked, said)[i % 2])})
+    marks = sum(str(turn["value"]).count("<image>") for turn in turns)
+    names = ["red.png", "blue.png", "line.png"] * 9 + ["broken.png", "half.png", "gone.png"]
+    image: object = [rng.choice(names) for _ in range(marks)]
+    record = {"conversations": turns, "image": rng.choice([image] * 6 + ["red.png", [], {}, 3])}
+    return record | ({"video": "a.mp4"} if rng.random() < 0.02 else {})
+
+
+def test_the_check_finds_what_the_run_does(files):
+    """Of random samples: no error is what can be trained on, and its tokens are as many."""
+    folder = files / "data" / "images"
+    save(Image.new("L", (600, 3)), folder / "line.png")
+    tower = ["--data_path", "x", "--vision_tower", str(files / "tower"), "--image_folder"]
+    pins = ["--image_grid_pinpoints", "[[16,32],[32,16]]", "--mm_patch_merge_type", "spatial_unpad"]
+    tokenizer = AutoTokenizer.from_pretrained(files / "config")
+    rng, good = random.Random(0), 0
+    for number in range(400):
+        aspect = ["--image_aspect_ratio", rng.choice(["pad", "square", "anyres"])]
+        reader = picture_settings(build_parser().parse_args([*tower, str(folder), *aspect, *pins]))
+        conv = training_template(rng.choice(["v1", "mistral_instruct", "qwen_2", "plain", "mpt"]))
+        data = LazySupervisedDataset(
+            [random_record(rng)], tokenizer, conv, reader=reader, max_length=rng.choice([60, 400])
+        )
+        found = Checker(data)(0)
+        errors = [problem for problem in found.problems if problem[0] in KINDS]
+        try:
+            sample = data[0]
+        except ValueError:
+            assert errors, (number, data.records[0])
+            continue
+        assert not errors, (number, data.records[0])
+        good += 1
+        pictures = reader.visual_tokens(sample["image_sizes"])
+        text = len(sample["input_ids"]) - len(pictures)
+        assert found.measured[:2] == (text, sum(pictures))
+        assert any(label != IGNORE_INDEX for label in sample["labels"][1:])
+    assert 50 < good < 300

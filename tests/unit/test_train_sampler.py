@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
+from torch.utils.data import BatchSampler
 
 from llava.train.callbacks import FollowEpochs
 from llava.train.sampler import (
@@ -56,6 +57,23 @@ def test_ranks_get_evenly_long_chunks():
 
     torch.manual_seed(2)
     assert spread(by_length(values, 4, 8)) < 0.5 * spread(list(range(256)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_make_equal_steps_and_see_every_sample(seed):
+    """Through accelerate's own sharding, of any size, fewer samples than ranks included."""
+    rng = np.random.default_rng(seed)
+    count, size, ranks, accumulate = (int(rng.integers(1, top)) for top in (30, 4, 6, 4))
+    values = lengths(count, seed, mixed=bool(seed % 3))
+    order = partial(LengthGroupedSampler, size, ranks * accumulate, values, True)
+    sampler = EpochSeeded(seed, count, order)
+    sampler.set_epoch(seed % 2)
+    batches = BatchSampler(sampler, size, drop_last=False)
+    budget = TokenBudgetBatches(np.abs(values), 250, ranks * accumulate, seed)
+    for dealt, steps in ((batches, None), (budget, len(budget) // ranks)):
+        shares = [list(BatchSamplerShard(dealt, ranks, rank)) for rank in range(ranks)]
+        assert {len(share) for share in shares} == {steps or len(shares[0])}
+        assert {i for share in shares for batch in share for i in batch} == set(range(count))
 
 
 def test_a_generator_makes_the_order_its_own():
