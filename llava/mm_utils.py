@@ -317,7 +317,8 @@ def process_images(
 def check_scaled_size(size: Size, processor: Any) -> None:
     """ValueError for a picture that is too long for CLIP's processor, which scales the shorter side
     of what is no square and takes the middle of the longer one."""
-    if not getattr(processor, "do_resize", True) or "shortest_edge" not in processor.size:
+    squeezes = not isinstance(processor.size, int) and "shortest_edge" not in processor.size
+    if squeezes or not getattr(processor, "do_resize", True):
         return
     short, long = sorted(size)
     pixels = shortest_edge(processor) ** 2 * long // short

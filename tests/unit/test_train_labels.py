@@ -7,6 +7,7 @@ special tokens, line ends of every kind, white space at borders, combining chara
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from places import DATA
@@ -135,8 +136,14 @@ def test_labels_are_those_of_the_templates_written_once_more(name):
             expected = whole.replace("<image>", "").replace(bos, "")
             assert tokenizer.decode(text) == expected, (key, turns)
         assert len(learned) == len(rounds), (key, turns)
-        first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-        assert ids[:first] == tokenize_prompt(rounds[0][0], tokenizer), (key, turns)
+        starts = [i for i, (a, b) in enumerate(pairwise(labels), 1) if a == IGNORE_INDEX != b]
+        prompt = ""
+        for start, (given, answer) in zip(starts, rounds, strict=True):
+            prompt += given
+            assert ids[:start] == tokenize_prompt(prompt, tokenizer), (key, turns)
+            prompt += answer
+            if name in ("qwen", "llama_3"):
+                break  # these look ahead at spaces: behind the first answer one must give way
 
 
 @pytest.mark.parametrize("key", sorted(TEMPLATES))
