@@ -283,6 +283,26 @@ def made_once(target: Path, make: Callable[[], None]) -> None:
         lock.release()
 
 
+class _Stamp(NamedTuple):
+    """What changes when a file is written again."""
+
+    size: int
+    written_ns: int
+    inode: int
+
+
+def _stamp(path: Path) -> _Stamp:
+    found = path.stat()
+    return _Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _rows_as_hashed(path: Path, stamp: _Stamp) -> Iterator[Row]:
+    """The samples of a file; ValueError behind the last one if it is no longer what it was."""
+    yield from read_rows(path)
+    if _stamp(path) != stamp:
+        raise ValueError(f"{path} was changed while it was read: start again when it is whole")
+
+
 class _Table:
     """The rows of one file. texts: a list, or a mapped table of `datasets`."""
 
@@ -302,7 +322,7 @@ class _Table:
         return cls(list(texts), np.array(words, np.int32), np.array(pictured, bool))
 
     @classmethod
-    def mapped(cls, path: Path, content: str, folder: Path) -> _Table:
+    def mapped(cls, rows: Iterator[Row], path: Path, content: str, folder: Path) -> _Table:
         """The Arrow file of a data file with this content hash, written first if need be."""
         import pyarrow
         from datasets import Dataset
@@ -311,7 +331,7 @@ class _Table:
 
         def write() -> None:
             logger.info("%s: written once as %s", path, arrow)
-            _write_arrow(arrow, read_rows(path))
+            _write_arrow(arrow, rows)
 
         made_once(arrow, write)
         try:
@@ -389,11 +409,13 @@ class Records(Sequence[dict[str, Any]]):
         tables, rows, folders, hashes = [], [], [], []
         sources = parse_sources(spec)
         for number, source in enumerate(sources):
+            stamp = _stamp(source.path)
             content = file_sha256(source.path)
-            if source.path.stat().st_size <= small:
-                table = _Table.in_memory(read_rows(source.path))
+            found = _rows_as_hashed(source.path, stamp)
+            if stamp.size <= small:
+                table = _Table.in_memory(found)
             else:
-                table = _Table.mapped(source.path, content, cache_folder(cache_dir))
+                table = _Table.mapped(found, source.path, content, cache_folder(cache_dir))
             own = draw(len(table), source.weight, (seed, number))
             if len(own) == 0:
                 raise ValueError(f"{source.path}: weight {source.weight} leaves no sample")

@@ -271,6 +271,25 @@ def test_a_changed_file_is_other_data(tmp_path):
     assert len(set(hashes)) == len(list(cache.glob("*.arrow"))) == 2
 
 
+@pytest.mark.parametrize("small", [0, module.SMALL_FILE])
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch, small):
+    """Its samples would be kept under the hash of those before."""
+    path, cache = tmp_path / "a.json", tmp_path / "cache"
+    write(path, RECORDS)
+
+    def hashed_then_changed(file: Path) -> str:
+        found = file_sha256(file)
+        write(file, RECORDS[1:])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "file_sha256", hashed_then_changed)
+        with pytest.raises(ValueError, match=r"a\.json was changed while it was read"):
+            Records.open(path, cache_dir=cache, small=small)
+    assert not list(cache.glob("*.arrow"))
+    assert list(Records.open(path, cache_dir=cache, small=small)) == RECORDS[1:]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
