@@ -39,8 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoints", nargs="+", default=list(CHECKPOINTS), metavar="FOLDER",
         help="default: the two shipped ones",
     )  # fmt: skip
-    parser.add_argument("--data", default="playground/data", help="where the digits data goes")
-    parser.add_argument("--out", default="results/quickstart", help="where the results go")
+    parser.add_argument(
+        "--data", default="playground/data", help="where the digits data goes (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", default="results/quickstart", help="where the results go (default %(default)s)"
+    )
     parser.add_argument("--limit", type=int, help="questions of each set (default: by speed)")
     parser.add_argument("--full", action="store_true", help="all questions")
     parser.add_argument(
@@ -49,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=cpus(), help="processes that answer (default: all CPUs)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs a plan")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed runs a plan (default %(default)s)"
+    )
     parser.add_argument("--no-bench", action="store_true", help="leave out llava bench cpu-512")
     parser.add_argument("--json", metavar="FILE", help="write the summary there too")
     return parser

@@ -111,10 +111,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to build in")
     parser.add_argument("--seed", type=int, default=0, help="seed of all scenes and questions")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to build"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to build (default: all)",
     )
     parser.add_argument(
-        "--train-pictures", type=int, default=TRAIN_PICTURES, help="pictures to train on"
+        "--train-pictures",
+        type=int,
+        default=TRAIN_PICTURES,
+        help="pictures to train on (default %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -45,10 +45,12 @@ def build_parser(prog: str = "llava answer") -> argparse.ArgumentParser:
     flags.add_argument("--image-folder", default="", help="folder that the image paths start from")
     flags.add_argument("--question-file", required=True, help="JSON lines, as LLaVA's")
     flags.add_argument("--answers-file", default="answer.jsonl", help="default answer.jsonl")
-    flags.add_argument("--num-chunks", type=int, default=1, help="parts that the file is cut into")
+    flags.add_argument(
+        "--num-chunks", type=int, default=1, help="parts that the file is cut into (default 1)"
+    )
     flags.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
     flags.add_argument(
-        "--max_new_tokens", type=int, default=128, help="longest answer (default 128)"
+        "--max_new_tokens", type=int, default=128, help="longest answer (default %(default)s)"
     )
     flags.add_argument("--limit", type=int, help="only the first so many questions")
     return flags

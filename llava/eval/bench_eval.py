@@ -265,13 +265,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="where digits/ is (default playground/data/eval)",
     )
     parser.add_argument("--pictures", type=int, default=5, help="of the POPE set (default 5)")
-    parser.add_argument("--preset", default="cpu-512", help="size of the prefill's model")
+    parser.add_argument(
+        "--preset", default="cpu-512", help="size of the prefill's model (default %(default)s)"
+    )
     parser.add_argument("--questions", type=int, default=9, help="in the prefill (default 9)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs a side (default 3)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="run, prefill or both")
+    parser.add_argument("--parts", default=",".join(PARTS), help="run, prefill or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
+    parser.add_argument(
+        "--dtype", default="float32", help=", ".join(DTYPES) + " (default %(default)s)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser
 

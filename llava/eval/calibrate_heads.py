@@ -138,12 +138,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Head masks for YOPO, from the attention of a model on questions of yours.",
     )
     add_loading_flags(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="questions run together")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="questions run together (default %(default)s)"
+    )
     data = parser.add_argument_group("questions (with pictures; their answers are not needed)")
     data.add_argument("--question-file", action="append", default=[], help="may be repeated")
     data.add_argument("--image-folder", default="", help="folder that the image paths start from")
     data.add_argument("--benchmark", help="sets by name, e.g. digits, instead of files")
-    data.add_argument("--data-root", default=str(DATA_ROOT), help="of --benchmark")
+    data.add_argument(
+        "--data-root", default=str(DATA_ROOT), help="of --benchmark (default %(default)s)"
+    )
     data.add_argument("--samples", type=int, default=100, help="questions to use (default 100)")
     rule = parser.add_argument_group(
         "the mask (--threshold or --average-heads; several numbers: several masks)"
@@ -158,7 +162,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=VOTES,
         help=f"share of the samples that must be above it (default {VOTES})",
     )
-    rule.add_argument("--always", type=int, default=ALWAYS, help="first layers that keep all heads")
+    rule.add_argument(
+        "--always",
+        type=int,
+        default=ALWAYS,
+        help="first layers that keep all heads (default %(default)s)",
+    )
     parser.add_argument("--output", required=True, help="file name without .npy and .safetensors")
     return parser
 

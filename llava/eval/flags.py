@@ -32,13 +32,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     parser.add_argument(
         "--batch-size", type=batch_size, default=8, metavar="N",
-        help="questions answered together, or auto: as many as fit into the device's memory",
+        help="questions answered together, or auto: as many as fit into the device's memory "
+        "(default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--blind", action="store_true", help="show a grey picture instead of each")
     parser.add_argument(
         "--no-share", action="store_true", help="no common prefill for questions about one picture"
     )
-    parser.add_argument("--workers", type=int, default=WORKERS, help="threads that open pictures")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        help="threads that open pictures (default %(default)s)",
+    )
     add_reduction_flags(parser)
     add_default_reduction(parser)
     parser.add_argument("--pdrop_infer", nargs="?", help="no effect; accepted from old scripts")

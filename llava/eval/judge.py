@@ -313,17 +313,29 @@ def parser() -> argparse.ArgumentParser:
     add_target_flags(flags)
     flags.add_argument("--rule", metavar="FILE", help="JSON: what the judge is told, by category")
     flags.add_argument("--base-url", help="an OpenAI-compatible endpoint, such as http://host/v1")
-    flags.add_argument("--judge", default="gpt-4-0613", help="the judge's name at the endpoint")
-    flags.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key")
+    flags.add_argument(
+        "--judge",
+        default="gpt-4-0613",
+        help="the judge's name at the endpoint (default %(default)s)",
+    )
+    flags.add_argument(
+        "--key-env",
+        default="OPENAI_API_KEY",
+        help="variable that holds the key (default %(default)s)",
+    )
     flags.add_argument("--reviews", metavar="FILE", help="default: RUN/reviews.jsonl")
     flags.add_argument("--export", metavar="FILE", help="only write what would be asked there")
     flags.add_argument(
         "--max-tokens", type=int, default=1024, help="longest judgement (default 1024)"
     )
     flags.add_argument("--temperature", type=float, default=0.2, help="of the judge (default 0.2)")
-    flags.add_argument("--workers", type=int, default=4, help="requests at a time")
-    flags.add_argument("--tries", type=int, default=5, help="of one request")
-    flags.add_argument("--timeout", type=float, default=120.0, help="seconds of one try")
+    flags.add_argument(
+        "--workers", type=int, default=4, help="requests at a time (default %(default)s)"
+    )
+    flags.add_argument("--tries", type=int, default=5, help="of one request (default %(default)s)")
+    flags.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds of one try (default %(default)s)"
+    )
     flags.add_argument("--json", metavar="FILE", help="where scores go (default: RUN/scores.json)")
     return flags
 

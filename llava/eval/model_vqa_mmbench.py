@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--single-pred-prompt", action="store_true", help="ask for the option's letter"
     )
-    flags.add_argument("--lang", choices=SUFFIXES, default="en", help="language of that sentence")
+    flags.add_argument(
+        "--lang", choices=SUFFIXES, default="en", help="language of that sentence (default en)"
+    )
     flags.set_defaults(max_new_tokens=1024)
     args = flags.parse_args(argv)
     path = Path(args.question_file)

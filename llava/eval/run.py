@@ -23,7 +23,14 @@ from typing import Any
 
 from llava.decoding import Decoding
 from llava.eval.answer import Answerer, answer_in_folder, finish
-from llava.eval.benchmarks import DATA_ROOT, LoadedBenchmark, load_benchmark, resolve_names
+from llava.eval.benchmarks import (
+    BENCHMARKS,
+    DATA_ROOT,
+    GROUPS,
+    LoadedBenchmark,
+    load_benchmark,
+    resolve_names,
+)
 from llava.eval.flags import (
     add_model_flags,
     answerer_options,
@@ -173,8 +180,13 @@ def run_in_folder(
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `llava eval`."""
-    flags = argparse.ArgumentParser(prog="llava eval", description="Run and score benchmarks.")
-    flags.add_argument("benchmarks", nargs="+", metavar="NAME", help="benchmark, or `digits`")
+    names = ", ".join(name for name in BENCHMARKS if name not in GROUPS["digits"])
+    flags = argparse.ArgumentParser(
+        prog="llava eval",
+        description="Run and score benchmarks.",
+        epilog=f"benchmarks: {names}; digits stands for {', '.join(GROUPS['digits'])}",
+    )
+    flags.add_argument("benchmarks", nargs="+", metavar="NAME", help="benchmark; all are below")
     add_model_flags(flags)
     flags.add_argument("--max_new_tokens", type=int, help="default: the benchmark's own")
     flags.add_argument("--limit", type=int, help="about so many questions of each, evenly spaced")
@@ -183,7 +195,9 @@ def parser() -> argparse.ArgumentParser:
         default=str(DATA_ROOT),
         help="folder of the benchmarks (default playground/data/eval)",
     )
-    flags.add_argument("--results", default="results", help="folder of the runs")
+    flags.add_argument(
+        "--results", default="results", help="folder of the runs (default %(default)s)"
+    )
     flags.add_argument("--json", metavar="FILE", help="write the rows there as well")
     flags.set_defaults(batch_size=32)
     return flags

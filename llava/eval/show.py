@@ -314,7 +314,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=32, help="longest answer (default 32)"
     )
     parser.add_argument(
-        "--out", default="show.html", help="NAME.html, NAME.png, or a folder for PNGs"
+        "--out",
+        default="show.html",
+        help="NAME.html, NAME.png, or a folder for PNGs (default %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", help="write what was drawn there too")
     return parser

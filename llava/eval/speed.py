@@ -541,11 +541,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure the speed of a plan beside what its FLOPs allow. Random weights.",
         epilog=f"further benchmarks: llava bench {' | '.join(WHOLE_RUNS)} (--help for each)",
     )
-    parser.add_argument("--preset", default="cpu-512", help=", ".join(flops.PRESETS))
+    parser.add_argument(
+        "--preset", default="cpu-512", help=", ".join(flops.PRESETS) + " (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU), float16")
-    parser.add_argument("--backend", default="sdpa", help="attention: sdpa, eager, ...")
+    parser.add_argument("--backend", default="sdpa", help="attention: sdpa (default), eager, ...")
     parser.add_argument("--batch", type=int, help="samples a batch (default: the preset's)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs a side (default 7)")
     parser.add_argument(

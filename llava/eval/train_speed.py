@@ -219,11 +219,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava bench train",
         description="A training step, padded and packed, without and with a plan. Random weights.",
     )
-    parser.add_argument("--preset", default="cpu-512", help=", ".join(flops.PRESETS))
+    parser.add_argument(
+        "--preset", default="cpu-512", help=", ".join(flops.PRESETS) + " (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU), float16")
-    parser.add_argument("--backend", default="sdpa", help="attention: sdpa, flash_attention_2")
+    parser.add_argument(
+        "--backend", default="sdpa", help="attention: sdpa (default), flash_attention_2"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a step (default 3)")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="compute layers twice, keep less"

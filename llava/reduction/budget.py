@@ -405,7 +405,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava plan",
         description="Find the layers and ratios with which a method stays within a budget.",
     )
-    parser.add_argument("--method", default="pyramiddrop", help=", ".join(METHODS))
+    parser.add_argument(
+        "--method", default="pyramiddrop", help=", ".join(METHODS) + " (default %(default)s)"
+    )
     asked = parser.add_argument_group("budget (one of them)").add_mutually_exclusive_group(
         required=True
     )
@@ -429,7 +431,9 @@ def build_parser() -> argparse.ArgumentParser:
         help='where to cut: "[8,16,24]" (default: chosen)',
     )  # fmt: skip
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", default="llava-1.5-7b", help=", ".join(PRESETS))
+    model.add_argument(
+        "--preset", default="llava-1.5-7b", help=", ".join(PRESETS) + " (default %(default)s)"
+    )
     model.add_argument("--model-path", help="a checkpoint (its config.json) instead of a preset")
     model.add_argument("--layers", type=int, help="decoder layers instead of the model's")
     model.add_argument("--visual-tokens", type=int, help="instead of the model's number")

@@ -578,7 +578,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava flops",
         description="Calculate the cost of a plan, as the papers count it and in full FLOPs.",
     )
-    parser.add_argument("--preset", default="llava-1.5-7b", help=", ".join(PRESETS))
+    parser.add_argument(
+        "--preset", default="llava-1.5-7b", help=", ".join(PRESETS) + " (default %(default)s)"
+    )
     parser.add_argument("--visual-tokens", type=int, help="instead of the preset's number")
     parser.add_argument("--text-tokens", type=int, help="instead of the preset's number")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")

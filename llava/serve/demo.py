@@ -325,8 +325,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava demo", description="Ask a model with and without dropping, in a browser."
     )
     add_loading_flags(parser)
-    parser.add_argument("--data", default="playground/data", help="where the digits sets are")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument(
+        "--data", default="playground/data", help="where the digits sets are (default %(default)s)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     return parser
 

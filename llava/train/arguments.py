@@ -87,7 +87,7 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = False
     """Train the projector (and the image newline) only."""
     vision_tower: str | None = None
-    """Folder (or hub id) of the CLIP tower."""
+    """Folder (or hub id) of the vision tower, CLIP or SigLIP."""
     mm_vision_select_layer: int = -1
     """Hidden layer of the tower that is read; LLaVA's scripts give -2."""
     pretrain_mm_mlp_adapter: str | None = None

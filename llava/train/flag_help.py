@@ -38,7 +38,7 @@ SUBJECTS: dict[str, str] = {
         seed data_seed""",
     "devices and memory": """
         deepspeed fsdp fsdp_config bf16 tf32 gradient_checkpointing use_cpu full_determinism
-        estimate""",
+        ddp_timeout estimate""",
     "saving and going on": """
         output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps
         save_total_limit save_rehearsal nan_guard""",
@@ -69,7 +69,25 @@ TEXTS: dict[str, str] = {
     "train_sampling_strategy": "random, sequential, group_by_length.",
     "bf16": "bfloat16 autocast over float32 weights; turned off where there is no GPU.",
     "use_cpu": "Train on the CPU; beside --bf16 True keeps bfloat16 there.",
-    "save_total_limit": "Checkpoints that are kept.",
+    "tf32": "TensorFloat-32 for products in float32 on NVIDIA GPUs.",
+    "full_determinism": "Have torch refuse kernels that give other bits each time; slower.",
+    "ddp_timeout": "Seconds that ranks wait for one another before a run ends.",
+    "num_train_epochs": "Passes over the data.",
+    "per_device_train_batch_size": "Samples of a micro-batch on each device.",
+    "per_device_eval_batch_size": "The same for validation.",
+    "dataloader_num_workers": "Processes a rank that prepare batches; 0: the rank itself.",
+    "learning_rate": "Peak learning rate, of all parts that have none of their own.",
+    "lr_scheduler_type": "cosine (LLaVA's), linear, constant, constant_with_warmup, ...",
+    "weight_decay": "Of AdamW; biases and norms have none.",
+    "max_grad_norm": "The gradient's norm is clipped to this; 0: not at all.",
+    "seed": "Of data order, dropout and random weights.",
+    "data_seed": "Of the data order alone; --seed by default.",
+    "logging_steps": "Steps between two lines; below 1 a share of the run's steps.",
+    "save_strategy": "When checkpoints are written.",
+    "save_steps": "Steps between two checkpoints; below 1 a share of the run's steps.",
+    "save_total_limit": "Checkpoints that are kept; all by default.",
+    "eval_strategy": "When the validation loss is computed.",
+    "eval_steps": "Steps between two validations; --logging_steps by default.",
     "run_name": "Name of the run in wandb; the output folder's by default.",
 }
 """In place of transformers' words, where they are long or speak of what is not so here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def test_every_flag_says_what_it_does() -> None:
     assert silent == []
     for name in (*cli.COMMANDS, *cli.DATA_COMMANDS):
         assert found[name].prog.endswith(f" {name}"), found[name].prog
+
+
+def test_every_default_is_in_the_help() -> None:
+    """`llava train --help` writes them by itself."""
+    found = {name: parser for name, parser in parsers().items() if name not in ("train", *LEGACY)}
+    silent = [
+        f"{name} {action.dest}: {action.default}"
+        for name, parser in found.items()
+        for action in parser._actions
+        if action.option_strings
+        and action.default not in (None, False, "", [], argparse.SUPPRESS)
+        and "default" not in action.help
+    ]
+    assert silent == []
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
