@@ -36,7 +36,9 @@ COMMANDS: dict[str, Command] = {
     "data": Command("llava.cli:data_main", "prepare and check benchmark and training files"),
     "bench": Command("llava.eval.speed:main", "measured speed of a plan beside its ideal"),
     "verify": Command("llava.verify:main", "check that a checkpoint is read as it was meant"),
-    "convert": Command("llava.model.convert:main", "write a checkpoint in the other layout"),
+    "convert": Command(
+        "llava.model.convert:main", "write a checkpoint in either layout; merges LoRA"
+    ),
     "card": Command("llava.model.model_card:main", "write a checkpoint's README.md, with scores"),
     "flops": Command("llava.reduction.flops:main", "cost of a plan in closed form"),
     "plan": Command("llava.reduction.budget:main", "layers and ratios that meet a budget"),

@@ -333,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     plan = plan_from_args(args)
     check_output(args.json)
+    if args.limit is not None and not args.benchmark:
+        raise ValueError(f"--limit {args.limit} is about the questions of a --benchmark; give one")
     benchmark = None
     if args.benchmark:
         benchmark = load_benchmark(args.benchmark, args.data_root, args.limit)

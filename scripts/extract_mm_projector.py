@@ -18,8 +18,8 @@ from llava.utils import user_errors
 @user_errors()
 def main() -> None:
     flags = argparse.ArgumentParser(description="A checkpoint's projector as mm_projector.bin.")
-    flags.add_argument("--model-path", required=True)
-    flags.add_argument("--output", required=True)
+    flags.add_argument("--model-path", required=True, help="checkpoint folder of any layout")
+    flags.add_argument("--output", required=True, help="file to write, as mm_projector.bin")
     args = flags.parse_args()
     names = extract_projector(args.model_path, args.output)
     sys.stdout.write(f"{args.output}: {', '.join(names)}\n")

@@ -19,9 +19,9 @@ from llava.utils import user_errors
 @user_errors()
 def main() -> None:
     flags = argparse.ArgumentParser(description="A LoRA run and its base as one checkpoint.")
-    flags.add_argument("--model-path", required=True)
+    flags.add_argument("--model-path", required=True, help="folder of the LoRA run")
     flags.add_argument("--model-base", help="default: what adapter_config.json names")
-    flags.add_argument("--save-model-path", required=True)
+    flags.add_argument("--save-model-path", required=True, help="folder to make")
     args = flags.parse_args()
     convert(args.model_path, args.save_model_path, "llava", args.model_base)
 

@@ -28,9 +28,8 @@ from llava.eval.benchmarks import (
     load_benchmark,
     load_folder,
 )
-from llava.eval.layouts import read_json
 from llava.eval.questions import read_json_lines
-from llava.eval.run_folder import read_answers
+from llava.eval.run_folder import read_answers, read_object
 from llava.eval.scorers import SCORERS, Scores, join_answers
 from llava.eval.scorers.base import Item, Metric, check_complete
 from llava.eval.scorers.interval import (
@@ -71,14 +70,23 @@ def open_answers(
         run = _run_settings(target)
         loaded = _load(run, benchmark, data_root, limit)
         return Answered(loaded, read_answers(target), target)
+    if not target.is_file():
+        raise FileNotFoundError(f"no run's folder and no answers file at {target}")
     if benchmark is None:
         raise ValueError(f"{target}: say which set it answers: --benchmark {'|'.join(BENCHMARKS)}")
     loaded = load_benchmark(benchmark, data_root or DATA_ROOT, limit)
     return Answered(loaded, _read_answers(target), None)
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """A file's JSON object. FileNotFoundError, or ValueError with its name for anything else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
+    return read_object(path)
+
+
 def _run_settings(folder: Path) -> dict[str, Any]:
-    run = read_json(folder / "run.json")
+    run = _object(folder / "run.json")
     return {**run, **run.get("settings", {})}
 
 
@@ -220,8 +228,10 @@ def read_scores(target: str | Path) -> dict[str, Any]:
     path = _scores_file(target)
     if not path.is_file():
         raise FileNotFoundError(f"file not found: {path}; make it with `llava score`")
-    scores = read_json(path)
-    if not isinstance(scores, dict) or "per_item" not in scores:
+    scores = _object(path)
+    items = scores.get("per_item")
+    listed = isinstance(items, list) and all(isinstance(item, dict) for item in items)
+    if not listed or not {"scorer", "dialect"} <= scores.keys():
         raise ValueError(f"{path} holds no scores with their items; make it with `llava score`")
     return scores
 
@@ -229,7 +239,7 @@ def read_scores(target: str | Path) -> dict[str, Any]:
 def _run_named(target: str) -> str:
     """A run as it was given, with its plan where its folder tells it."""
     known = Path(target).is_dir() and (Path(target) / "run.json").is_file()
-    plan = read_json(Path(target) / "run.json").get("plan") if known else None
+    plan = _object(Path(target) / "run.json").get("plan") if known else None
     return f"{target}: {plan}" if plan else target
 
 

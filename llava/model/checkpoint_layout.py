@@ -93,7 +93,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointFiles:
         raise ValueError(f"{path} is no checkpoint but a file; give the folder of one")
     if not folder.is_dir():
         raise ValueError(f"{path} is no checkpoint: there is no such folder")
-    config = read_json(folder / "config.json", f"{folder} is no checkpoint")
+    config = read_json(folder / "config.json", f"{folder} is no checkpoint{_unfinished(folder)}")
     if "quantization_config" in config:
         raise ValueError(
             f"{folder} holds quantised weights (quantization_config in config.json); give the "
@@ -122,6 +122,16 @@ def inspect_checkpoint(path: str | Path) -> CheckpointFiles:
         f"{folder} holds no weights; looked for {', '.join(SINGLE_FILES)}, their shards, "
         f"{', '.join(ADAPTER_FILES)} and {PROJECTOR_FILE}"
     )
+
+
+def _unfinished(folder: Path) -> str:
+    """What to say of the output folder of a run that is not at its end."""
+    steps = {
+        int(number): path.name
+        for path in folder.glob("checkpoint-*")
+        if (number := path.name.rpartition("-")[2]).isdecimal() and (path / "config.json").is_file()
+    }
+    return f" (a run that has not ended; {steps[max(steps)]} in it is one)" if steps else ""
 
 
 def read_json(file: Path, where: str | None = None) -> dict[str, Any]:

@@ -298,6 +298,9 @@ def _hf_processor(raw: dict[str, Any], config: Any, tokenizer: Any, processor: A
         values["do_pad"] = getattr(config, "image_aspect_ratio", None) == "pad"
     images = getattr(transformers, f"{kind}ImageProcessorPil")(**values)
     mode, _ = resolve_conv_mode(None, config)
+    template = chat_template(get_conversation(mode), picture_text(tokenizer, config))
+    if template is None:
+        log.warning("template %s cannot be said as a chat template; the processor has none", mode)
     vision = raw["vision_config"]
     return getattr(transformers, f"{kind}Processor")(
         image_processor=images,
@@ -305,7 +308,7 @@ def _hf_processor(raw: dict[str, Any], config: Any, tokenizer: Any, processor: A
         patch_size=vision["patch_size"],
         vision_feature_select_strategy=raw["vision_feature_select_strategy"],
         num_additional_image_tokens=int(vision["model_type"] == "clip_vision_model"),
-        chat_template=chat_template(get_conversation(mode), picture_text(tokenizer, config)),
+        chat_template=template,
     )
 
 
@@ -410,13 +413,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`llava convert --to hf|llava SOURCE TARGET`."""
     parser = argparse.ArgumentParser(
         prog="llava convert",
-        description="Write a checkpoint of any layout in LLaVA's layout or in transformers'.",
+        description="Write a checkpoint of any layout in LLaVA's or in transformers'. A LoRA run "
+        "or a projector becomes one checkpoint with its base.",
     )
     parser.add_argument("source", help="checkpoint folder, or hub id")
     parser.add_argument("target", help="folder to make")
     parser.add_argument("--to", required=True, choices=["hf", "llava"], help="layout to write")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--vision-tower", help="tower to use in place of the checkpoint's")
+    parser.add_argument(
+        "--model-base",
+        metavar="BASE",
+        help="what a LoRA or projector was trained over (default: what its files name)",
+    )
+    parser.add_argument(
+        "--vision-tower", metavar="TOWER", help="folder or hub id, in place of the checkpoint's"
+    )
     parser.add_argument(
         "--dtype", help="float16, bfloat16 or float32 for all weights (default: those of the files)"
     )

@@ -264,8 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava card", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="folder whose README.md is written")
     parser.add_argument(
-        "--scores", nargs="+", default=[], metavar="RUN", help="folders of runs, or scores.json"
-    )
+        "--scores", nargs="+", default=[], metavar="RUN",
+        help="runs for its table: folders of `llava eval`, or their scores.json",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if not write_card(args.checkpoint, scores=args.scores):
         raise ValueError(f"{args.checkpoint} has a README.md that llava did not write")

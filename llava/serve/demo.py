@@ -14,6 +14,7 @@ import argparse
 import inspect
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -62,8 +63,10 @@ class Demo:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        config = engine.model.config
-        self.shape = ModelShape.from_config(config, engine.model.get_vision_tower().config)
+        config, tower = engine.model.config, engine.model.get_vision_tower()
+        if tower is None:
+            raise ValueError(f"{engine.name} has no vision tower: there is nothing to ask it about")
+        self.shape = ModelShape.from_config(config, tower.config)
         stored = ReductionPlan.parse(getattr(config, "visual_token_reduction", None))
         self.trained_layers = [cut.at for cut in stored.cuts]
 
@@ -335,12 +338,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_port(host: str, port: int) -> None:
+    """ValueError for an address that cannot be listened on, before a model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}); give another"
+        ) from None
+
+
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """``llava demo``: see the module's docstring."""
     args = build_parser().parse_args(argv)
     if not 0 < args.port < 65536:
         raise ValueError(f"--port {args.port}; accepted: 1 to 65535")
+    check_port(args.host, args.port)
     engine = Engine.load(
         args.model_path, args.model_base, conv_mode=args.conv_mode, **loading_options(args)
     )

@@ -91,6 +91,7 @@ def test_unknown_command_names_the_known_ones() -> None:
         (["eval", "digits", "--model-path", "x", "--default-reduction", "nosuch"], "nosuch"),
         (["chat", "--model-path", "x", "--default-reduction", "none"], "--default-reduction"),
         (["verify", "--model-path", "x", "--json", "."], "Is a directory: ."),
+        (["verify", "--model-path", "x", "--limit", "3"], "--limit 3"),
         (["bench", "--json", "."], "Is a directory: ."),
         (["flops", "--visual-tokens", "many"], "many"),
     ],

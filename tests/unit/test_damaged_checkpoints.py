@@ -257,6 +257,15 @@ def test_adapters_and_bases(tmp_path):
 def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no checkpoint but a file; give the folder"):
+        load(tmp_path / "file")
+    for step in (9, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 100:  # one that was being written
+            write_json(tmp_path / f"checkpoint-{step}" / "config.json", {})
+    with pytest.raises(ValueError, match=r"run that has not ended; checkpoint-20 in it is one"):
+        load(tmp_path)
     write_json(tmp_path / "config.json", {"model_type": "llava_llama", **TEXT})
     with pytest.raises(ValueError, match=r"holds no weights; looked for model\.safetensors"):
         load(tmp_path)

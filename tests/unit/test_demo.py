@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from ports import free_port
 from tiny_checkpoint import save_tiny_checkpoint
 
 from llava.reduction import REDUCERS, ReductionPlan
@@ -115,8 +117,23 @@ def test_examples_are_read_from_the_sets(tmp_path: Path) -> None:
 
 
 def test_bad_flags_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, needle in ((["--port", "0"], "--port 0"), ([], "nowhere")):
-        with pytest.raises(SystemExit) as stop:
-            demo.main(["--model-path", "nowhere", *words])
-        assert stop.value.code == 2
-        assert needle in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for words, needle in (
+            (["--port", "0"], "--port 0"),
+            (["--port", port], f"--port {port} cannot be listened on"),
+            (["--host", "256.0.0.1"], "--host 256.0.0.1"),
+            (["--port", str(free_port())], "nowhere"),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                demo.main(["--model-path", "nowhere", *words])
+            assert stop.value.code == 2
+            assert needle in capsys.readouterr().err
+
+
+def test_a_model_without_a_tower_has_nothing_to_show(page: demo.Demo, monkeypatch) -> None:
+    monkeypatch.setattr(page.engine.model, "get_vision_tower", lambda: None)
+    with pytest.raises(ValueError, match="has no vision tower"):
+        demo.Demo(page.engine)

@@ -125,7 +125,7 @@ def test_bad_input_changes_nothing(pope, capsys):
         capsys, "score", run, "--benchmark", "popo"
     )
     assert "say which set it answers" in fails(capsys, "score", run / "answers.jsonl", *data)
-    assert "file not found" in fails(
+    assert "no answers file at" in fails(
         capsys, "score", run / "none.jsonl", "--benchmark", "pope", *data
     )
     other = [{"question_id": 1, "prompt": "Is there a car?", "text": "No"}]
@@ -138,7 +138,15 @@ def test_bad_input_changes_nothing(pope, capsys):
         file.write('{"question_id": 23, "te')
     assert "answers.jsonl:23: no JSON" in fails(capsys, "score", run, "--allow-missing")
     assert (run / "scores.json").read_text() == "{}"
-    assert "holds no scores with their items" in fails(capsys, "compare", run, run)
+    for content in ("{}", '{"per_item": 3}', '{"per_item": [3], "scorer": "pope", "dialect": "x"}'):
+        (run / "scores.json").write_text(content)
+        assert "holds no scores with their items" in fails(capsys, "compare", run, run)
+    assert "answers file at" in fails(capsys, "score", pope / "absent")
+    kept = (run / "run.json").read_text()
+    (run / "run.json").write_text("[]")
+    for command in (["score"], ["export"]):
+        assert "run.json: a JSON object is needed" in fails(capsys, *command, run)
+    (run / "run.json").write_text(kept)
     lines(run / "answers.jsonl", [])
     assert llava(["score", str(run), "--allow-missing"]) == 0
     scores = json.loads((run / "scores.json").read_text())
