@@ -37,7 +37,7 @@ from llava.train.arguments import (
     parse_pinpoints,
 )
 from llava.train.dual_speed import DualSpeed
-from llava.train.estimate_state import Engine, Row
+from llava.train.estimate_state import Engine, Row, can_be_quantised
 from llava.train.setup import (
     add_lora,
     freeze,
@@ -117,7 +117,9 @@ def fake_model(command: Command) -> Any:
 
     peft and `freeze` change tensors in place, which fake ones do not allow; those of the meta
     device do, but autocast has no such device. So it is built of the one kind and made the other.
+    Dropout is what it is on a GPU, where a mask takes a byte a number.
     """
+    flags = command.flags
     with torch.device("meta"):
         model = build_model(command)
     made: dict[int, Any] = {}
@@ -130,7 +132,33 @@ def fake_model(command: Command) -> Any:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    for name, module in model.named_modules():
+        if type(module) is nn.Dropout:
+            module.forward = partial(torch.native_dropout, p=module.p, train=True)
+            module.register_forward_hook(lambda module, args, output: output[0])
+        if type(module) is nn.Linear and can_be_quantised(f"{name}.weight") and flags.bits != 16:
+            module.forward = partial(_quantised_linear, module, flags.bits)
     return model
+
+
+class _Quantised(torch.autograd.Function):
+    """A frozen linear layer as bitsandbytes holds tensors: its output has the type of its input
+    even under autocast; at 8 bit it keeps its input by itself, which no checkpointing sees."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bits: int) -> Tensor:
+        ctx.inputs, ctx.weight = inputs if bits == 8 else None, weight
+        return inputs.new_empty(*inputs.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weight = ctx.weight.to(gradients[0].dtype, copy=True)
+        return gradients[0] @ weight, None, None
+
+
+def _quantised_linear(module: Any, bits: int, inputs: Tensor) -> Tensor:
+    output = _Quantised.apply(inputs, module.weight, bits)
+    return output if module.bias is None else output + module.bias
 
 
 # -------------------------------------------------------------------------------------- the sample

@@ -83,6 +83,12 @@ def _share(numel: int, ranks: int) -> int:
     return math.ceil(numel / ranks)
 
 
+def can_be_quantised(name: str) -> bool:
+    """Whether --bits holds for a parameter: the weights of the language model's linear layers, its
+    head left out."""
+    return part_of(name) == "language" and name.endswith(("_proj.weight", "base_layer.weight"))
+
+
 def stored_bytes(
     name: str, parameter: nn.Parameter, flags: TrainingArguments, width: int | None = None
 ) -> int:
@@ -90,22 +96,18 @@ def stored_bytes(
     those of its type.
 
     --bits: a linear layer of the language model takes half a byte or one a weight, and its scales:
-    64 weights share one (with --double_quant True 8 bit, and 32 bit for 256 of them), at 8 bit
-    each row has one.
+    64 weights share one (with --double_quant True 8 bit, and 32 bit for 256 of them and an offset),
+    at 8 bit each row has one. What the numbers mean is a table of 16, and one of 256, a layer.
     """
     size = parameter.numel()
-    quantised = (
-        flags.bits != 16
-        and part_of(name) == "language"
-        and parameter.dim() == 2
-        and name.endswith(("_proj.weight", "base_layer.weight"))
-    )
-    if not quantised:
+    if flags.bits == 16 or not can_be_quantised(name):
         return size * (parameter.element_size() if width is None else width)
     if flags.bits == 8:
         return size + SINGLE * parameter.shape[0]
     blocks = math.ceil(size / 64)
-    scales = blocks + SINGLE * math.ceil(blocks / 256) if flags.double_quant else SINGLE * blocks
+    scales = SINGLE * (blocks + 16)
+    if flags.double_quant:
+        scales = blocks + SINGLE * (math.ceil(blocks / 256) + 1 + 16 + 256)
     return math.ceil(size / 2) + scales
 
 

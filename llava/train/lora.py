@@ -78,6 +78,10 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     model.add_adapter(settings, NAME)
+    if args.bits != 16:  # in the compute type of a 4-bit layer, bfloat16 would round updates away
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.data = parameter.data.float()
     return Adapters(base, also)
 
 
