@@ -404,8 +404,13 @@ def legacy_labels(
     """LLaVA-1.5's labels for turns that `preprocess_multimodal` has been through.
 
     Raises ValueError where the original stops with an assertion (turns that do not alternate,
-    captions without an image mark).
+    captions without an image mark), and for templates that LLaVA-1.5 has not.
     """
+    if conv.sep_style in (SeparatorStyle.CHATML, SeparatorStyle.LLAMA_3):
+        raise ValueError(
+            f"--label_mode legacy repeats LLaVA-1.5's masking, which has no template "
+            f"{conv.version!r}: use segments"
+        )
     with_images = functools.partial(tokenizer_image_token, tokenizer=tokenizer)
     if is_plain(conv):
         return _legacy_plain(turns, conv, with_images)

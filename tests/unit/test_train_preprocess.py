@@ -212,6 +212,15 @@ def test_what_is_no_turn_is_refused_in_both_modes(turns, version, label_mode):
         preprocess(turns, bpe(byte_level=True), training_template(version), label_mode=label_mode)
 
 
+@pytest.mark.parametrize("version", ["qwen_1_5", "qwen_2", "llava_llama_3"])
+def test_templates_that_llava_had_not_have_no_legacy_labels(version):
+    """Its last case would write them as '### user: ...'."""
+    with pytest.raises(ValueError, match="has no template '(qwen|llama_v3)': use segments"):
+        preprocess(
+            TWO_TURNS, bpe(True), training_template(version), n_images=1, label_mode="legacy"
+        )
+
+
 def test_a_leading_answer_is_dropped():
     tokenizer = bpe(byte_level=False)
     conv = training_template("v1")
