@@ -23,7 +23,13 @@ from train_fixtures import write_all  # noqa: E402
 
 from llava.train.arguments import parse_args  # noqa: E402
 from llava.train.dual_speed import dual_speed_of  # noqa: E402
-from llava.train.estimate import estimate, rate_of, read_command, wanted  # noqa: E402
+from llava.train.estimate import (  # noqa: E402
+    estimate,
+    rate_of,
+    read_command,
+    time_of,
+    wanted,
+)
 from llava.train.estimate_forward import (  # noqa: E402
     Kept,
     Sample,
@@ -31,9 +37,12 @@ from llava.train.estimate_forward import (  # noqa: E402
     build_model,
     fake_model,
     kept_of,
+    micro_batch,
+    samples_of,
     step_of,
+    used_parameters,
 )
-from llava.train.estimate_state import Row  # noqa: E402
+from llava.train.estimate_state import Row, buffer_bytes, state_rows  # noqa: E402
 from llava.train.train import main, make_trainer  # noqa: E402
 
 CUTS = {"layer_list": "[1,2]", "image_token_ratio_list": "[0.5,0.25]"}
@@ -55,8 +64,14 @@ def words(files: Path, **flags: object) -> list[str]:
 
 
 def rows_of(files: Path, ranks: int = 1, **flags: object) -> dict[str, Row]:
+    """As `estimate` has them, without its backward pass."""
     asked = read_command(words(files, **flags), ranks)
-    return {row.name: row for row in estimate(asked, text=10).rows}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(asked)
+        used = used_parameters(step_of(model, asked, Sample(10, 1, visual=4))().loss)
+        rows = state_rows(model, asked.engine, asked.flags, used)
+        rows.append(Row("buffers", buffer_bytes(model, asked.engine, asked.checkpointing)))
+    return {row.name: row for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +246,8 @@ def test_ranks_share_what_their_engine_shares(files):
     assert sharded["optimizer"].device == 2 * sharded["gradients"].device
     assert rows_of(files, 2, fsdp="full_shard offload")["weights"].host == 4 * sum(rows)
     alone, ddp = rows_of(files), rows_of(files, 4)
-    assert alone.pop("buffers, about").device == 0
-    assert ddp.pop("buffers, about").device == alone["gradients"].device
+    assert alone.pop("buffers").device == 0
+    assert ddp.pop("buffers").device == alone["gradients"].device
     assert ddp == alone
 
 
@@ -342,25 +357,26 @@ def test_two_speeds_have_rows_and_a_mean_of_their_own(files, tmp_path, capsys):
     assert "of a slow one (25%): 24 tokens, 24 computed" in text
     found = json.loads((tmp_path / "found.json").read_text())
     rate = rate_of(1.0, 0.5, None)
-    plain = {
-        name: estimate(read_command(words(files, **flags, **batch), 1), text=20, rate=rate)
-        for name, flags in (("fast", CUTS), ("slow", {}))
-    }
+    sample, plain = Sample(20, 1, visual=4), {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, flags in (("fast", CUTS), ("slow", {})):
+            asked = read_command(words(files, **flags, **batch), 1)
+            model = fake_model(asked)
+            plain[name] = time_of(model, asked, sample, rate)["seconds_a_step"]
+        kept = kept_of(model, asked, sample)
     times = {name: found["time"][name]["seconds_a_step"] for name in ("fast", "slow")}
-    assert times["fast"] == pytest.approx(plain["fast"].time["seconds_a_step"])
-    student = plain["slow"].time["seconds_a_step"]
+    assert times["fast"] == pytest.approx(plain["fast"])
+    student = plain["slow"]
     assert times["slow"] == pytest.approx(student + times["fast"] / 3, rel=0.02)  # and a teacher
     mean = 0.75 * times["fast"] + 0.25 * times["slow"]
     assert found["time"]["seconds_a_step"] == pytest.approx(mean)
-    for sample, without in plain["slow"].batches.items():
-        added = [row["device"] for row in found["slow"][sample]]
-        assert added[0] > without[0].device
-        assert sum(added) > sum(row.device for row in without)
-        always = sum(row["device"] for row in found["rows"])
-        assert found["slow_total"][sample]["device"] == always + sum(added)
+    added = [row["device"] for row in found["slow"]["usual"]]
+    assert added[0] > kept.held
+    assert sum(added) > kept.most
     rows = {row["name"]: row["device"] for row in found["rows"]}
+    assert found["slow_total"]["usual"]["device"] == sum(rows.values()) + sum(added)
     isolator = 4 * 4 * 16
-    alone = {row.name: row.device for row in plain["slow"].rows}
+    alone = {name: row.device for name, row in rows_of(files).items()}
     assert rows["weights"] - alone["weights"] == rows["gradients"] - alone["gradients"] == isolator
     assert rows["optimizer"] - alone["optimizer"] == 2 * isolator
     for flags, message in (({"reduction": "none"}, "needs a plan"),
@@ -370,14 +386,17 @@ def test_two_speeds_have_rows_and_a_mean_of_their_own(files, tmp_path, capsys):
 
 
 def test_a_token_budget_says_how_many_samples_there_are_at_once(files):
-    flags = {"packed": True, "token_budget": 100, "per_device_train_batch_size": 7}
-    found = estimate(read_command(words(files, **flags), 2), text=20)
-    assert found.micro_batch == {"usual": 100 // 24, "longest": 100 // 64}
-    assert found.time["samples_a_step"] == 2 * 4
-    alike = read_command(words(files, per_device_train_batch_size=4), 2)
-    assert found.batches["usual"] == estimate(alike, text=20).batches["usual"]
-    short = estimate(read_command(words(files, packed=True, token_budget=30), 1), text=99)
-    assert [sample.tokens for sample in short.samples.values()] == [30, 30]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for budget, lengths, counts in ((100, [24, 64], [4, 1]), (22, [22, 22], [1, 1])):
+            flags = {"token_budget": budget, "per_device_train_batch_size": 7, "packed": True}
+            asked = read_command(words(files, **flags), 2)
+            model = fake_model(asked)
+            samples = samples_of(model, asked, 20, 1)
+            assert [sample.tokens for sample in samples] == lengths
+            assert [micro_batch(asked, sample) for sample in samples] == counts
+            assert time_of(model, asked, samples[0], None)["samples_a_step"] == 2 * counts[0]
+            logits = step_of(model, asked, samples[0])().logits
+            assert len(logits) == counts[0] * (lengths[0] - 4)
 
 
 def test_anyres_takes_the_picture_with_most_tiles(files):
