@@ -33,7 +33,7 @@ from llava.eval.questions import (
 from llava.eval.run_folder import RunFolder
 from llava.eval.throughput import format_line
 from llava.reduction.flags import check_plan_flags, plan_for_model
-from llava.utils import Ranks, file_sha256, get_logger, user_errors
+from llava.utils import Ranks, check_output, file_sha256, get_logger, user_errors
 
 log = get_logger(__name__)
 
@@ -68,6 +68,7 @@ def answer_chunk(args: argparse.Namespace, questions: Sequence[Question], **aske
     prompts depend on. Everything that can be wrong with the input is looked at before the model is
     loaded."""
     check_plan_flags(args)  # a plan that cannot be read ends the run here
+    check_output(args.answers_file, [args.question_file])
     ranks = Ranks.from_environment()
     decoding = decoding_from_flags(args, args.max_new_tokens)
     questions = get_chunk(first(questions, args.limit), args.num_chunks, args.chunk_idx)

@@ -213,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = resolve_names(args.benchmarks)
     sets = [load_benchmark(name, args.data_root, args.limit) for name in names]
     check_output(args.json, [loaded.question_file for loaded in sets])
+    check_output(Path(args.results) / "run.json")
     own = args.max_new_tokens is None
     decodings = [
         decoding_from_flags(args, s.benchmark.max_new_tokens if own else args.max_new_tokens)

@@ -74,6 +74,7 @@ from llava.model.tokenizers import load_tokenizer
 from llava.reduction.plan import resolve_plan
 from llava.utils import (
     atomic_write,
+    check_output,
     describe_error,
     get_logger,
     json_dump,
@@ -166,10 +167,12 @@ def _shard_size(text: str) -> int:
 
 
 def _free_name(target: str | Path) -> Path:
-    """`target` as a path that nothing is at yet, with its parents. ValueError for another one."""
+    """`target` as a path that nothing is at yet. ValueError for another one, OSError for one that
+    cannot be made."""
     path = Path(target).expanduser()
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already; give a folder that does not")
+    check_output(path)
     return path
 
 
@@ -379,6 +382,7 @@ def extract_projector(source: str | Path, target: str | Path) -> list[str]:
     """
     files, target = inspect_checkpoint(resolve_folder(source)), Path(target).expanduser()
     _check_projector_file(target, files)
+    check_output(target)
     if files.kind == "full":
         weights = rename_all(read_weights(files.weights))
     elif files.kind == "lora":

@@ -201,7 +201,7 @@ def test_quiet_hides_bars_and_talk_and_gives_them_back(
     assert "shown" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeypatch) -> None:
     """... and named: a folder, a file for a folder, what is read, through a link too."""
     mine = tmp_path / "data.json"
     mine.write_text("mine")
@@ -217,6 +217,10 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None
         assert str(path if error is not NotADirectoryError else mine) in str(found.value)
     for path in (None, tmp_path / "new" / "deep" / "x.json", tmp_path / "other.json"):
         utils.check_output(path, [mine])
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(PermissionError, match="Permission denied") as denied:
+        utils.check_output(tmp_path / "new" / "deep" / "x.json")
+    assert denied.value.filename == str(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data.json", "link.json"]
 
 
