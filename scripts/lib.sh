@@ -13,7 +13,8 @@
 #                    Without them the checkpoint's own plan, else the family's.
 #   CONV_MODE=...    the template; without it the checkpoint's
 #   GPUS=N           processes, one a GPU (default: all visible GPUs, else one process)
-#   LAUNCHER=...     a command that starts the processes instead, such as "srun"
+#   LAUNCHER=...     a command that starts the processes instead, such as "srun"; torchrun and
+#                    deepspeed, which training knows, mean what happens without it
 #   BATCH_SIZE=...  DATA_ROOT=...  RESULTS=...   see llava eval --help
 #
 # Variables a user may set:
@@ -195,8 +196,8 @@ gpus_here() {
 # LAUNCHER=srun starts them, from a batch script.
 launch() {
   local processes=${GPUS:-} starter
-  if [ -n "${LAUNCHER:-}" ]; then
-    read -ra starter <<<"$LAUNCHER"
+  case ${LAUNCHER:-} in torchrun | deepspeed) starter=() ;; *) read -ra starter <<<"${LAUNCHER:-}" ;; esac
+  if ((${#starter[@]})); then
     run "${starter[@]}" "$PY" -m "$@"
     return
   fi

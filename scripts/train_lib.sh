@@ -22,7 +22,10 @@
 #   REPORT_TO=...      tensorboard, wandb (default; only where a key or WANDB_MODE=offline is set), none,
 #                      or several with commas between
 #   SAVE_STEPS=N       a checkpoint every N steps (default: the recipe's, which is more than it has)
-#   SMOKE=1            three steps on a tiny model and data that are made on the spot (SMOKE_DIR)
+#   WORKERS=N          processes a rank that prepare batches (default 4)
+#   PYTHON=...         the interpreter (default python)
+#   SMOKE=1            three steps on a tiny model and data that are made on the spot, in SMOKE_DIR
+#                      (default checkpoints/smoke/train)
 #   DRY_RUN=1          print the command
 # Flags behind the script's name go last, so they win. An interrupted run goes on when started again.
 

@@ -224,6 +224,17 @@ def test_evaluation_starts_a_process_for_each_gpu_it_may_see(
     assert int(found) == processes
 
 
+def test_a_launcher_of_training_does_not_stop_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    script = ROOT / "scripts" / "v1_5" / "pdrop_eval" / "pope.sh"
+    (usual,) = _dry_run(script, GPUS="2", LAUNCHER="")
+    assert "--nproc_per_node" in usual
+    for launcher in ("torchrun", "deepspeed"):
+        assert _dry_run(script, GPUS="2", LAUNCHER=launcher) == [usual]
+    (other,) = _dry_run(script, GPUS="2", LAUNCHER="srun --mpi none")
+    assert other[:3] == ["srun", "--mpi", "none"]
+
+
 def test_a_digits_training_that_fails_takes_the_one_beside_it_along(tmp_path: Path) -> None:
     """Two models are trained side by side: no process is left when one of them has ended badly."""
     started = tmp_path / "started"
