@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from PIL import ImageFile
 from llava.utils import set_seed
 
 torch.set_num_threads(1)
-# DeepSpeed's operators are built once for all tests.
-BUILD = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}"
+# DeepSpeed's operators are built once for all tests of an environment; another's would be built
+# over them, since the paths of torch and deepspeed are in them.
+PLACE = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+BUILD = Path(tempfile.gettempdir()) / f"llava-test-extensions-{torch.__version__}-{PLACE}"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(BUILD))
 
 

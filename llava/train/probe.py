@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.prompting import pad_texts
+from llava.train.ranks import several_ranks
 from llava.utils import get_logger
 
 logger = get_logger(__name__)
@@ -149,6 +150,7 @@ class Probe(TrainerCallback):
                 num_beams=1,
                 max_new_tokens=room,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=self._sharded() and several_ranks(),  # no rank ends before the others
             )[0]
         texts = [
             tokenizer.decode(ids, skip_special_tokens=True).strip()

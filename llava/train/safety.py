@@ -4,7 +4,9 @@ Special here: once a step, in front of the optimizer's update, the ranks put thr
 (a loss that is not finite, a gradient that is not, a signal) and read them back: one reduction of
 three integers and one host read, in place of transformers' ``logging_nan_inf_filter``, which reads
 every micro-batch's loss and hides what it finds. So one rank's NaN or signal stops all of them at
-the same step, and the weights are still those that the batch met.
+the same step, and the weights are still those that the batch met. (DeepSpeed's engine makes its
+update in the backward pass. It leaves out one whose norm is not finite, under every stage of ZeRO
+and in bfloat16 too from 0.19.8 on, so an older one is not accepted.)
 
 ``enable_jit_checkpoint`` of transformers is not used: each rank there follows its own flag, set by
 a timer, so ranks that see the signal in different steps wait for each other; it knows SIGTERM

@@ -183,7 +183,8 @@ def make_trainer(
     train_set, eval_set = make_datasets(model, tokenizer, model_args, data_args, training_args)
     logger.info("%s: %d samples", data_args.data_path, len(train_set))
     if data_args.dry_run_data:
-        show_samples(train_set, tokenizer, data_args.dry_run_data)
+        if training_args.process_index == 0:
+            show_samples(train_set, tokenizer, data_args.dry_run_data)
         return None, counts
     if training_args.token_budget:
         counts_N2 = count_tokens(train_set, data_args.data_cache_dir)

@@ -69,11 +69,11 @@ def test_killed_and_resumed_is_undisturbed(
     kill["rank"] = alone = KILLED_ALONE.get(case)
     wait = {}
     if case in HANGS:
-        kill["where"], wait = "hang", {"ddp_timeout": 10}
+        kill["where"], wait = "hang", {"ddp_timeout": 20}
     sys.stdout.write(f"LLAVA_KILL_SEED={seed}: {kill}\n")
     out = tmp_path / "killed"
     codes = ranks.codes(command(**{**flags, **wait}, output_dir=out), kill=kill)
-    assert ("Timed out waiting 10000ms" in "".join(ranks.logs())) == bool(wait)
+    assert ("Timed out waiting 20000ms" in "".join(ranks.logs())) == bool(wait)
     assert [code == -signal.SIGKILL for code in codes] == [alone in (None, rank) for rank in (0, 1)]
     assert all(codes), codes
     assert not list(out.glob("*.safetensors")) + list(out.glob("*.bin"))
