@@ -212,9 +212,9 @@ def check_space(trainer: Any) -> None:
     needed = max(needed_bytes(size, planned, existing, args.save_total_limit), size.model)
     free = shutil.disk_usage(folder).free
     logger.info(
-        "disk: %s free, %s needed: %d checkpoint(s) of %s (kept: %s), the model of %s",
-        _size(free), _size(needed), planned, _size(size.checkpoint), args.save_total_limit or "all",
-        _size(size.model),
+        "disk: %s GB free, %s GB needed: %d checkpoint(s) of %s GB (kept: %s), the model of %s GB",
+        _gb(free), _gb(needed), planned, _gb(size.checkpoint), args.save_total_limit or "all",
+        _gb(size.model),
     )  # fmt: skip
     if needed > free:
         raise OSError(
@@ -229,13 +229,6 @@ def check_space(trainer: Any) -> None:
         raise OSError(
             f"a file of {_gb(size.largest)} GB is needed and `ulimit -f` allows {_gb(allowed)} GB"
         )
-
-
-def _size(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size / 1000:.0f} kB"
 
 
 def _gb(size: int) -> str:
