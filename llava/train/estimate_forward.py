@@ -229,7 +229,10 @@ def batch_of(
     ids = np.full((count, sample.pictures + sample.text), 1, dtype=np.int64)
     ids[:, : sample.pictures] = IMAGE_TOKEN_INDEX
     mask, labels = np.ones_like(ids, dtype=bool), ids.copy()
-    labels[:, : sample.pictures] = IGNORE_INDEX
+    signals = resolve_plan(plan, model.config)[0].texts
+    names = {name for signal in signals for name in signal.alternatives}
+    prompt = int("all" in names)  # a token of the prompt's own text for those that compare with it
+    labels[:, : sample.pictures + prompt] = IGNORE_INDEX
     batch: dict[str, Any] = {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask),
@@ -247,12 +250,7 @@ def batch_of(
         made = splicer.pictures(tiles, sizes)
     else:
         made = []
-    words = {
-        name: np.full((count, 1), 1, dtype=np.int64)
-        for signal in resolve_plan(plan, model.config)[0].texts
-        for name in signal.alternatives
-        if name != "all"
-    }
+    words = {name: np.full((count, 1), 1, dtype=np.int64) for name in sorted(names - {"all"})}
     batch["splice"] = splicer(ids, mask, labels, made, kind, words)
     return batch
 

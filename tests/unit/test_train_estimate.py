@@ -385,6 +385,13 @@ def test_two_speeds_have_rows_and_a_mean_of_their_own(files, tmp_path, capsys):
             estimate(read_command(words(files, **flags, dual_speed=0.1), 1))
 
 
+@pytest.mark.parametrize("text", ["all", "options|question"])
+def test_texts_that_a_plan_compares_with_are_there(files, text):
+    asked = read_command(words(files, reduction=f"simignore:keep=2,text={text}"), 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert step_of(fake_model(asked), asked, Sample(10, 1, visual=4))().loss.requires_grad
+
+
 def test_a_token_budget_says_how_many_samples_there_are_at_once(files):
     with FakeTensorMode(allow_non_fake_inputs=True):
         for budget, lengths, counts in ((100, [24, 64], [4, 1]), (22, [22, 22], [1, 1])):
