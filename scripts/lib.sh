@@ -98,8 +98,7 @@ for line in wanted:
 PYTHON
 }
 
-# --no-compile: Python compiles what is imported, a small part of what pip would compile.
-pip_install() { "$PY" -m pip install --disable-pip-version-check --quiet --no-compile "$@"; }
+pip_install() { "$PY" -m pip install --disable-pip-version-check --quiet "$@"; }
 
 # torch: kept if there; with a GPU the default build; without one a CPU build, looked for first
 # where pip is configured to look, then in PyTorch's own index. A build that brings gigabytes of
